@@ -1,0 +1,563 @@
+"""The model: shared layers below, one head per task above. Read tasks.py before, train.py after.
+
+    word vectors, char CNN -> BiLSTM ner -> BiLSTM emd -> BiLSTM rel     (an encoder each,
+                                |             |     \\         |          a head each)
+                             CRF tags      CRF tags  \\    pair scores
+                                                      -> BiLSTM coref -> antecedent scores
+
+HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the bottom and the complex
+ones at the top; every encoder reads the word vectors and the encoder below. `HMTL.forward` takes
+the name of a task and a batch; it returns a loss in training, predictions in evaluation.
+
+What differs from the paper, and why:
+- No ELMo: the packages are torch and numpy. Scores are lower by what ELMo brings.
+- Sentences of a document are encoded side by side for coreference too, as in Lee et al. 2017: the
+  lower encoders then see what they see in the other tasks.
+- A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences.
+  The 2018 code averaged relations over padding. Every result is independent of the batch.
+- Rare words of the training data become the unknown word at random, so that its vector is trained.
+- The output bias of the relation head starts at -5: nearly all pairs are unrelated, and from 0 the
+  first hundreds of steps would go into learning that.
+
+Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
+C characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept spans,
+A antecedents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tasks import COREF_SCORES, Document, Scores, count_rows
+
+
+@dataclass
+class Settings:
+    """Everything that a run can be told; each field is a flag of train.py."""
+    tasks: tuple = ("ner", "emd", "rel", "coref")
+    data: tuple = ()                   # DIR for all tasks, or TASK=DIR ...; none: built-in corpus
+    vectors: str = ""                  # file of word vectors, GloVe text
+    # model
+    word_dim: int = 100                # width of word vectors, where there is no file of them
+    char_dim: int = 16
+    char_filters: int = 64
+    ner_encoder: str = "2x64"          # layers x units per direction
+    emd_encoder: str = "2x64"
+    rel_encoder: str = "3x64"
+    coref_encoder: str = "1x200"
+    dropout: float = 0.4               # on word vectors and on every layer's output
+    unknown: float = 0.25              # probability that a rare training word is made unknown
+    relation_units: int = 64           # hidden units of the relation head
+    coref_units: int = 150             # hidden units of the mention and antecedent scorers
+    max_span: int = 8                  # tokens in a coreference span
+    spans_per_token: float = 0.4       # coreference spans that are kept
+    antecedents: int = 70              # nearest kept spans that are scored
+    # training
+    batch_size: int = 32               # sentences; coreference takes one document
+    lr: float = 1e-3
+    clip: float = 5.0                  # largest gradient norm
+    schedule: str = "proportional"     # or uniform
+    epochs: int = 60
+    patience: int = 10                 # epochs without improvement until a task may end
+    lr_patience: int = 4               # epochs without improvement until its rate is halved
+    seed: int = 0
+    device: str = ""
+
+
+# task -> the tasks whose encoders feed its encoder, nearest first
+HIERARCHY = {"ner": [], "emd": ["ner"], "rel": ["emd", "ner"], "coref": ["emd", "ner"]}
+
+
+def nearest(task, chosen):
+    """The chosen task right below in the hierarchy, or None: tasks not chosen are skipped."""
+    return next((below for below in HIERARCHY[task] if below in chosen), None)
+
+
+# --------------------------------------------------------------------------------- shared layers
+
+class Embedder(nn.Module):
+    """Word vector and char CNN of every token, computed once for each distinct word of a batch."""
+
+    def __init__(self, vocabulary, settings, vectors=None):
+        super().__init__()
+        width = settings.word_dim if vectors is None else vectors[1].shape[1]
+        self.n_frequent, self.n_trained = vocabulary.n_frequent, vocabulary.n_trained
+        table = torch.randn(len(vocabulary.words), width) * 0.1
+        for word, vector in zip(*vectors or ([], [])):
+            table[vocabulary.word_ids[word]] = torch.from_numpy(vector)
+        self.words = nn.Embedding.from_pretrained(table[:self.n_trained], freeze=False)
+        # Words that only the vector file has never get a gradient: they stay out of the optimizer.
+        self.register_buffer("other_words", table[self.n_trained:].clone())
+        self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
+        self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
+        self.unknown = settings.unknown
+        self.width = width + settings.char_filters
+
+    def forward(self, batch):
+        """(B, T, D), zero on padding."""
+        ids = batch.words
+        if self.training:
+            rare = (ids >= self.n_frequent) & (torch.rand_like(ids, dtype=torch.float) < self.unknown)
+            ids = torch.where(rare, 1, ids)
+        vectors = self.words(ids.clamp(max=self.n_trained - 1))                  # (U, D)
+        if len(self.other_words):
+            others = self.other_words[(ids - self.n_trained).clamp(min=0)]
+            vectors = torch.where((ids < self.n_trained)[:, None], vectors, others)
+        # A window of three around every character. After the ReLU no value is below 0, so windows
+        # around padding, set to 0, never win the maximum.
+        chars = F.pad(self.chars(batch.chars), (0, 0, 1, 1))                     # (U, C + 2, D)
+        windows = torch.cat([chars[:, :-2], chars[:, 1:-1], chars[:, 2:]], -1)   # (U, C, 3 D)
+        shapes = F.relu(self.filters(windows)) * (batch.chars > 0)[:, :, None]
+        features = torch.cat([vectors, shapes.amax(1)], -1)                      # (U, D)
+        return F.embedding(batch.tokens, features) * batch.mask[:, :, None]      # (B, T, D)
+
+
+class Encoder(nn.Module):
+    """A stack of bidirectional LSTM layers, exact on padded input.
+
+    A plain padded BiLSTM is wrong: its backward half starts in the padding. Here the layers have no
+    bias; they read [x * m, m], m being the mask, so the weights of the last column are the bias
+    within a sentence, and in the padding the state has nothing to move it from zero.
+    """
+
+    def __init__(self, width, shape, dropout):
+        super().__init__()
+        n_layers, units = map(int, shape.split("x"))
+        self.width, self.dropout = 2 * units, dropout
+        self.layers = nn.ModuleList(
+            nn.LSTM((self.width if i else width) + 1, units, bias=False, batch_first=True,
+                    bidirectional=True) for i in range(n_layers))
+
+    def forward(self, x, mask):
+        """(B, T, D), (B, T) -> (B, T, 2 H), zero on padding."""
+        mask = mask[:, :, None].float()
+        for lstm in self.layers:
+            x, _ = lstm(torch.cat([x, mask], -1))
+            x = F.dropout(x * mask, self.dropout, self.training)
+        return x
+
+
+# ------------------------------------------------------------------------- ner and emd: a tagger
+
+class CRF(nn.Module):
+    """Linear-chain conditional random field over K tags (Lafferty et al. 2001)."""
+
+    def __init__(self, allowed):
+        """allowed: (K + 1, K + 1) bool, [i, j] whether tag j may follow i; K is start and end."""
+        super().__init__()
+        n_tags = len(allowed) - 1
+        self.transitions = nn.Parameter(torch.zeros(n_tags, n_tags))
+        self.start = nn.Parameter(torch.zeros(n_tags))
+        self.end = nn.Parameter(torch.zeros(n_tags))
+        barred = torch.zeros(n_tags + 1, n_tags + 1).masked_fill(~allowed, float("-inf"))
+        self.register_buffer("barred", barred, persistent=False)     # used in decoding only
+
+    def loss(self, emissions, tags, mask):
+        """Negative log-likelihood of tags: (B, T, K), (B, T), (B, T) -> (B,)."""
+        return self.log_partition(emissions, mask) - self.score(emissions, tags, mask)
+
+    def score(self, emissions, tags, mask):
+        last = mask.sum(1) - 1                                                   # (B,)
+        emitted = emissions.gather(2, tags[:, :, None])[:, :, 0]                 # (B, T)
+        moved = self.transitions[tags[:, :-1], tags[:, 1:]]                      # (B, T - 1)
+        return ((emitted * mask).sum(1) + (moved * mask[:, 1:]).sum(1) + self.start[tags[:, 0]]
+                + self.end[tags.gather(1, last[:, None])[:, 0]])
+
+    def log_partition(self, emissions, mask):
+        """log of the sum over all tag sequences of exp(score), (B,).
+
+        The forward algorithm on probabilities instead of their logs: one matrix product a token
+        instead of a logsumexp over (B, K, K). The states are scaled to sum 1 at every token and the
+        logs of the scales are added up; the result does not depend on the scales, so no gradient
+        needs to go through them. exp(transitions) must stay above 0: learned ones do, hard -10,000
+        would not, hence `barred` in decoding only.
+        """
+        top = emissions.amax(2, keepdim=True).detach()
+        emitted = (emissions - top).exp().unbind(1)                              # T times (B, K)
+        transitions = self.transitions.exp()
+        states, scales = [], []
+        state = emitted[0] * self.start.exp()
+        for t in range(len(emitted)):
+            if t:
+                state = state @ transitions * emitted[t]
+            scale = state.sum(1, keepdim=True).detach()
+            state = state / scale
+            states.append(state)
+            scales.append(scale)
+        logs = torch.cat(scales, 1).log() + top[:, :, 0]                         # (B, T)
+        last = torch.stack(states)[mask.sum(1) - 1, torch.arange(len(mask))]     # (B, K)
+        return (logs * mask).sum(1) + (last @ self.end.exp()).log()
+
+    @torch.no_grad()
+    def decode(self, emissions, mask):
+        """The best tags among the allowed sequences (Viterbi), (B, T). Behind a sentence: anything.
+
+        Only maxima go forward; the arg max is taken on the way back, along the best path alone.
+        """
+        transitions = self.transitions + self.barred[:-1, :-1]
+        end = self.end + self.barred[:-1, -1]
+        best = [self.start + self.barred[-1, :-1] + emissions[:, 0]]
+        for emitted in emissions.unbind(1)[1:]:
+            best.append((best[-1][:, :, None] + transitions).amax(1) + emitted)  # (B, K)
+        last, tags = mask.sum(1) - 1, []
+        tag = torch.zeros_like(last)
+        for t in reversed(range(len(best))):
+            onward = torch.where((last == t)[:, None], end, transitions.T[tag])  # (B, K)
+            tag = (best[t] + onward).argmax(1)
+            tags.append(tag)
+        return torch.stack(tags[::-1], 1)
+
+
+class Tagger(nn.Module):
+    """Spans with labels as BIOUL tags: begin, inside, outside, unit (one word), last."""
+
+    def __init__(self, key, width, labels, settings):
+        super().__init__()
+        self.key, self.names = key, ["f1"]
+        self.tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BIUL")]
+        self.ids = {tag: i for i, tag in enumerate(self.tags)}
+        self.emit = nn.Linear(width, len(self.tags))
+
+        def may_follow(left, right):
+            inside = left[0] in "BI"                              # a span is open
+            return (right[0] in "IL" and left[2:] == right[2:] if inside
+                    else right[0] in "OBU")
+        states = [*self.tags, "O"]                                # the last is start and end
+        self.crf = CRF(torch.tensor([[may_follow(a, b) for b in states] for a in states]))
+
+    def loss(self, x, words, batch):
+        tags = [self.tags_of(getattr(d, self.key)[0], n)
+                for d, n in zip(batch.documents, batch.lengths)]
+        tags = nn.utils.rnn.pad_sequence(list(map(torch.tensor, tags)), batch_first=True)
+        return self.crf.loss(self.emit(x), tags.to(x.device), batch.mask).mean()
+
+    def tags_of(self, spans, length):
+        """BIOUL numbers; of spans that overlap, the longest."""
+        tags = [0] * length
+        for start, end, label in outermost(spans):
+            if start == end:
+                tags[start] = self.ids[f"U-{label}"]
+            else:
+                tags[start:end + 1] = ([self.ids[f"B-{label}"]]
+                                       + [self.ids[f"I-{label}"]] * (end - start - 1)
+                                       + [self.ids[f"L-{label}"]])
+        return tags
+
+    def decode(self, x, words, batch):
+        """[(start, end, label)] for every sentence."""
+        predictions = []
+        tags = self.crf.decode(self.emit(x), batch.mask).tolist()
+        for row, length in zip(tags, batch.lengths):
+            row, spans = [self.tags[i] for i in row[:length]], []
+            for t, tag in enumerate(row):
+                if tag[0] in "BU":
+                    start = t
+                if tag[0] in "LU":
+                    spans.append((start, t, tag[2:]))
+            predictions.append(spans)
+        return predictions
+
+
+def outermost(spans):
+    """Those spans that one tag sequence can hold: the longest of any that share a token."""
+    kept = []
+    for span in sorted(spans, key=lambda s: (s[0] - s[1], s)):
+        if all(span[1] < other[0] or other[1] < span[0] for other in kept):
+            kept.append(span)
+    return kept
+
+
+# ------------------------------------------------------------------------------------ rel: pairs
+
+class RelationHead(nn.Module):
+    """Multi-head selection (Bekoulis et al. 2018): for every pair of tokens i, j and every label,
+    sigmoid(V relu(U h_i + W h_j + b)), where i and j are the last tokens of the arguments."""
+
+    def __init__(self, key, width, labels, settings):
+        super().__init__()
+        self.key, self.names, self.labels = key, ["last-token", "boundaries", "strict"], labels
+        self.ids = {label: i for i, label in enumerate(labels)}
+        self.first = nn.Linear(width, settings.relation_units)               # U, b
+        self.second = nn.Linear(width, settings.relation_units, bias=False)  # W
+        self.label = nn.Linear(settings.relation_units, len(labels))         # V
+        nn.init.constant_(self.label.bias, -5.0)
+
+    def scores(self, x, batch):
+        """Logits of all pairs of a sentence: a list of (T, T, R), without padding.
+
+        Sentence by sentence, as all padded pairs at once cost 3.5 times the time.
+        """
+        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, H)
+        second = self.second(x)[batch.mask].split(batch.lengths)
+        return [self.label(F.relu(u[:, None] + w[None])) for u, w in zip(first, second)]
+
+    def loss(self, x, words, batch):
+        """Binary cross-entropy, summed over the pairs: softplus(s) - s y, y = 1 where related."""
+        scores = self.scores(x, batch)
+        cells, offset = [], 0
+        for document, length in zip(batch.documents, batch.lengths):
+            cells += [offset + (i * length + j) * len(self.labels) + self.ids[label]
+                      for _, i, _, j, label in document.relations[0]]
+            offset += length * length * len(self.labels)
+        logits = torch.cat([s.flatten() for s in scores])
+        return (F.softplus(logits).sum() - logits[torch.tensor(cells, dtype=torch.long)].sum()
+                ) / len(scores)
+
+    def decode(self, x, words, batch):
+        """[(i, j, label)] for every sentence: the pairs of last tokens with probability > 1/2."""
+        return [[(i, j, self.labels[r]) for i, j, r in (s > 0).nonzero().tolist()]
+                for s in self.scores(x, batch)]
+
+
+def with_spans(relations, spans):
+    """Relations between last tokens as (start1, end1, start2, end2, label), the arguments being
+    the spans that end there; a relation is left out where there is none."""
+    start = {end: start for start, end, _ in spans}
+    return [(start[i], i, start[j], j, label) for i, j, label in relations
+            if i in start and j in start]
+
+
+# --------------------------------------------------------------------------- coref: antecedents
+
+class CorefHead(nn.Module):
+    """End-to-end coreference (Lee et al. 2017): every span of up to W words gets a mention score,
+    the best are kept, and each kept span picks an antecedent among those before it, or none."""
+
+    ROWS = 16       # spans whose antecedents are scored at once
+
+    def __init__(self, key, width, word_width, settings):
+        super().__init__()
+        self.names = list(COREF_SCORES)
+        units, feature = settings.coref_units, 20
+        self.max_span, self.ratio = settings.max_span, settings.spans_per_token
+        self.n_antecedents, self.dropout = settings.antecedents, settings.dropout
+        self.attention = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1))
+        self.span_width = nn.Embedding(self.max_span, feature)
+        self.distance = nn.Embedding(9, feature)
+        # The first layer of the mention scorer reads [first; last; attended words; width]. It is
+        # linear: a product per token for each part, summed per span.
+        self.mention_first = nn.Linear(width, units)
+        self.mention_last = nn.Linear(width, units, bias=False)
+        self.mention_words = nn.Linear(word_width, units, bias=False)
+        self.mention_width = nn.Linear(feature, units, bias=False)
+        self.mention = nn.Sequential(nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, units),
+                                     nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, 1))
+        # So does that of the antecedent scorer: [span; antecedent; their product; distance].
+        span = 2 * width + word_width + feature
+        self.pair_span = nn.Linear(span, units)
+        self.pair_antecedent = nn.Linear(span, units, bias=False)
+        self.pair_product = nn.Linear(span, units, bias=False)
+        self.pair_distance = nn.Linear(feature, units, bias=False)
+        self.pair = nn.Sequential(nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, units),
+                                  nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, 1))
+
+    def kept_spans(self, x, words, batch):
+        """Section 3 and 5 of the paper: the numbers (S,) of the kept spans, start * W + width - 1, in
+        the order of the text, their scores (S,) and their representations g (S, G)."""
+        x, words = x[batch.mask], words[batch.mask]                              # (N, D)
+        n, w = len(x), self.max_span
+        token, step = torch.arange(n, device=x.device)[:, None], torch.arange(w, device=x.device)
+        sentence = torch.arange(len(batch.mask), device=x.device)[:, None].expand_as(batch.mask)
+        sentence = sentence[batch.mask]                                          # (N,)
+        later = (token + step).clamp(max=n - 1)             # (N, W): a token and those behind it
+        valid = (token + step < n) & (sentence[later] == sentence[:, None])
+
+        # Attention of span (start, width) over its words: a softmax over the first `width` of W.
+        weights = self.attention(x)[later, 0][:, None, :]                        # (N, 1, W)
+        weights = weights.masked_fill(step > step[:, None], float("-inf")).softmax(2)  # (N, W, W)
+        hidden = (self.mention_first(x)[:, None] + self.mention_last(x)[later]
+                  + weights @ self.mention_words(words)[later]
+                  + self.mention_width(self.span_width.weight))                  # (N, W, H)
+        scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf")).flatten()
+
+        n_kept = min(max(1, int(self.ratio * n)), int(sum(
+            sum(max(0, length - k) for k in range(w)) for length in batch.lengths)))
+        kept = scores.topk(n_kept).indices.sort().values                         # (S,)
+        start, width = kept // w, kept % w
+        attended = weights[start, width][:, None] @ words[later[start]]          # (S, 1, D)
+        g = torch.cat([x[start], x[start + width], attended[:, 0], self.span_width(width)], 1)
+        return kept, scores[kept], F.dropout(g, self.dropout, self.training)
+
+    def antecedent_scores(self, scores, g):
+        """For blocks of rows: (first row, first column, (rows, columns + 1) scores). Column 0 is no
+        antecedent, with score 0; the others are the spans from the first column on; -inf for those
+        that are not among the A before the row's span.
+
+        Blocks need no gathering of the (S, A) pairs: antecedents lie side by side.
+        """
+        as_span, as_antecedent = self.pair_span(g), self.pair_antecedent(g)
+        distances = self.pair_distance(self.distance.weight)                     # (9, H)
+        for row in range(0, len(g), self.ROWS):
+            rows = slice(row, min(row + self.ROWS, len(g)))
+            first = max(0, row - self.n_antecedents)
+            columns = slice(first, rows.stop - 1)
+            gap = (torch.arange(rows.start, rows.stop, device=g.device)[:, None]
+                   - torch.arange(columns.start, columns.stop, device=g.device))
+            # 1, 2, 3, 4, 5-7, 8-15, 16-31, 32-63, 64+
+            edges = torch.tensor([2, 3, 4, 5, 8, 16, 32, 64], device=g.device)
+            hidden = (as_span[rows, None] + as_antecedent[columns]
+                      + distances[torch.bucketize(gap, edges, right=True)]
+                      + self.pair_product(g[rows, None] * g[columns]))
+            pairs = self.pair(hidden)[:, :, 0] + scores[rows, None] + scores[columns]
+            pairs = pairs.masked_fill((gap < 1) | (gap > self.n_antecedents), float("-inf"))
+            yield row, first, torch.cat([pairs.new_zeros(len(pairs), 1), pairs], 1)
+
+    def loss(self, x, words, batch):
+        """Negative log of the probability of all correct antecedents, summed over kept spans."""
+        kept, scores, g = self.kept_spans(x, words, batch)
+        cluster = torch.zeros(len(x[batch.mask]) * self.max_span, dtype=torch.long)
+        for i, mentions in enumerate(batch.documents[0].clusters, 1):
+            for start, end in mentions:
+                if end - start < self.max_span:
+                    cluster[start * self.max_span + end - start] = i
+        cluster = cluster.to(x.device)[kept]                                     # (S,), 0: none
+        loss = 0.0
+        for row, first, pairs in self.antecedent_scores(scores, g):
+            mine = cluster[row:row + len(pairs), None]
+            others = cluster[first:first + pairs.shape[1] - 1]
+            correct = (mine == others) & (mine > 0) & (pairs[:, 1:] > float("-inf"))
+            none = ~correct.any(1, keepdim=True)                 # then no antecedent is correct
+            correct = torch.cat([none, correct], 1)
+            loss = loss + (pairs.logsumexp(1)
+                           - pairs.masked_fill(~correct, float("-inf")).logsumexp(1)).sum()
+        return loss
+
+    def decode(self, x, words, batch):
+        """Clusters of (start, end), of the one document of the batch."""
+        kept, scores, g = self.kept_spans(x, words, batch)
+        best = []
+        for _, first, pairs in self.antecedent_scores(scores, g):
+            choice = pairs.argmax(1)
+            best += torch.where(choice > 0, choice - 1 + first, -1).tolist()
+        spans = [(i // self.max_span, i // self.max_span + i % self.max_span)
+                 for i in kept.tolist()]
+        cluster_of = {}
+        for span, antecedent in enumerate(best):
+            if antecedent >= 0:
+                cluster = cluster_of.setdefault(antecedent, [spans[antecedent]])
+                cluster.append(spans[span])
+                cluster_of[span] = cluster
+        return list({id(c): c for c in cluster_of.values()}.values())
+
+
+# ------------------------------------------------------------------------------------- the model
+
+class HMTL(nn.Module):
+    """The hierarchy of encoders and heads for the chosen tasks."""
+
+    def __init__(self, tasks, labels, vocabulary, settings, vectors=None):
+        """tasks: chosen `Task`s, the lowest first; labels: {task name: list of labels}; vectors:
+        (words, array) of `read_vectors` or None."""
+        super().__init__()
+        self.tasks = {task.name: task for task in tasks}
+        self.embedder = Embedder(vocabulary, settings, vectors)
+        self.dropout = settings.dropout
+        self.below = {name: nearest(name, self.tasks) for name in self.tasks}
+        self.encoders, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        for name, task in self.tasks.items():
+            width = self.embedder.width
+            if self.below[name]:
+                width += self.encoders[self.below[name]].width
+            encoder = Encoder(width, getattr(settings, f"{name}_encoder"), settings.dropout)
+            self.encoders[name] = encoder
+            if name == "coref":
+                self.heads[name] = CorefHead(task.key, encoder.width, self.embedder.width, settings)
+            else:
+                head = RelationHead if name == "rel" else Tagger
+                self.heads[name] = head(task.key, encoder.width, labels[name], settings)
+        # The tagger that gives relations their spans.
+        self.tagger = next((name for name in ("emd", "ner") if name in self.tasks), None)
+        self.metrics = {name: Scores(self.heads[name].names, "mean" if name == "coref" else None)
+                        for name in self.tasks}
+
+    def encode(self, batch, tasks):
+        """Word vectors (B, T, D), and {task: output (B, T, 2 H)} of all encoders that the tasks
+        need, each run once."""
+        words = F.dropout(self.embedder(batch), self.dropout, self.training)
+        outputs = {}
+
+        def run(name):
+            if name not in outputs:
+                below = self.below[name]
+                x = torch.cat([words, run(below)], -1) if below else words
+                outputs[name] = self.encoders[name](x, batch.mask)
+            return outputs[name]
+        for name in tasks:
+            run(name)
+        return words, outputs
+
+    def forward(self, task_name, batch):
+        """{"loss": scalar} in training. In evaluation {"predictions": list}, one entry a sentence
+        (for coreference: the clusters of the document), and the task's metric is updated."""
+        head = self.heads[task_name]
+        if self.training:
+            words, outputs = self.encode(batch, [task_name])
+            return {"loss": head.loss(outputs[task_name], words, batch)}
+        predictions = self.predict(batch, [task_name])
+        self.update(task_name, batch, predictions)
+        return {"predictions": predictions[task_name]}
+
+    @torch.no_grad()
+    def predict(self, batch, tasks=None):
+        """{task: predictions} in one pass; for relations, those of the tagger come along."""
+        tasks = list(tasks or self.tasks)
+        if "rel" in tasks and self.tagger and self.tagger not in tasks:
+            tasks.append(self.tagger)
+        words, outputs = self.encode(batch, tasks)
+        return {name: self.heads[name].decode(outputs[name], words, batch) for name in tasks}
+
+    def update(self, task_name, batch, predictions):
+        metric = self.metrics[task_name]
+        if task_name == "coref":
+            for name, count in COREF_SCORES.items():
+                metric.add(name, count(predictions["coref"], batch.documents[0].clusters))
+            return
+        for i, document in enumerate(batch.documents):
+            gold, found = getattr(document, self.tasks[task_name].key)[0], predictions[task_name][i]
+            if task_name != "rel":
+                metric.add("f1", count_rows(found, gold))
+                continue
+            metric.add("last-token", count_rows(found, [(r[1], r[3], r[4]) for r in gold]))
+            if self.tagger:
+                spans = predictions[self.tagger][i]
+                found = with_spans(found, spans)
+                metric.add("boundaries", count_rows(found, gold))
+                gold_spans = getattr(document, self.tasks[self.tagger].key)
+                if gold_spans is not None:
+                    metric.add("strict", count_rows(with_types(found, spans),
+                                                    with_types(gold, gold_spans[0])))
+
+    def get_metrics(self, task_name, reset=False):
+        """{score name: percent} of everything that `forward` evaluated since the last reset."""
+        scores = self.metrics[task_name].compute()
+        if reset:
+            self.metrics[task_name].reset()
+        return scores
+
+    def annotate(self, document, batch):
+        """The document with everything that the model predicts, offsets from its start."""
+        predictions = self.predict(batch)
+        if "rel" in predictions:
+            spans = predictions.get(self.tagger)
+            if spans is None:      # without a tagger an argument is its last token
+                spans = [[(t, t, "") for t in range(n)] for n in batch.lengths]
+            predictions["rel"] = list(map(with_spans, predictions["rel"], spans))
+        annotated = Document(document.key, document.sentences)
+        for name, found in predictions.items():
+            if name != "coref":
+                rows, found, start = [], iter(found), 0
+                for words in document.sentences:
+                    rows.append([tuple(x if isinstance(x, str) else x + start for x in row)
+                                 for row in (next(found) if words else [])])
+                    start += len(words)
+                found = rows
+            setattr(annotated, self.tasks[name].key, found)
+        return annotated
+
+
+def with_types(relations, spans):
+    """Relations with the labels of their arguments' spans."""
+    label = {(start, end): label for start, end, label in spans}
+    return [(*r, label.get(r[:2]), label.get(r[2:4])) for r in relations]

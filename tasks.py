@@ -1,0 +1,605 @@
+"""The four tasks: their documents, their batches, their scores. Read this first, then hmtl.py.
+
+A `Document` holds sentences and up to four kinds of annotation, one per task:
+
+    ner    named entities      [Ada Kell]PER works for [Nordex]ORG
+    emd    entity mentions     [Ada Kell]PER ... [she]PER ... [the company]ORG   (names included)
+    rel    relations           Ada Kell --Works_For--> Nordex
+    coref  coreference         {Ada Kell, she}  {Nordex, the company}
+
+It comes from JSON lines (`read_json`), from columns (`read_columns`), from raw text (`read_text`)
+or from the built-in grammar (`builtin_documents`). A `Task` names its annotation, holds its train,
+dev and test documents and cuts them into batches; `make_batch` turns documents into tensors with a
+`Vocabulary`. The scores at the end are those of the official scorers, on plain Python spans.
+
+A span is (start, end) in tokens, the end inclusive. Every F1 here is built from four sums
+[hits among predicted, predicted, hits among gold, gold], added over documents before any division.
+"""
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class InputError(Exception):
+    """Bad input: one line that says where, what was expected and what was found."""
+
+
+# ------------------------------------------------------------------------------------- documents
+
+@dataclass
+class Document:
+    """Sentences and their annotations; None where an annotation is absent, [] where nothing is.
+
+    Offsets count tokens from the start of the document. Per sentence: `ner` and `emd` hold
+    (start, end, label), `relations` (start1, end1, start2, end2, label). Per document: `clusters`
+    holds lists of (start, end).
+    """
+    key: str
+    sentences: list                      # of lists of words
+    ner: list | None = None
+    emd: list | None = None
+    relations: list | None = None
+    clusters: list | None = None
+
+    def single_sentences(self):
+        """This document as one document per sentence that has words, offsets from 0."""
+        start = 0
+        for i, words in enumerate(self.sentences):
+            def shifted(rows):
+                return rows and [[tuple(x if isinstance(x, str) else x - start for x in row)
+                                  for row in rows[i]]]
+            if words:
+                yield Document(self.key, [words], shifted(self.ner), shifted(self.emd),
+                               shifted(self.relations))
+            start += len(words)
+
+    def to_json(self):
+        """The document as one line of the JSON format that `read_json` reads."""
+        row = {"doc_key": self.key, "sentences": self.sentences, "ner": self.ner, "emd": self.emd,
+               "relations": self.relations, "clusters": self.clusters}
+        return json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False)
+
+
+def expect(condition, where, expected, found):
+    if not condition:
+        raise InputError(f"{where}: expected {expected}, found {json.dumps(found)[:60]}")
+
+
+def read_json(path):
+    """Documents from JSON lines, the format of SciERC and DyGIE++. Errors name file and line."""
+    return [parse_document(line, f"{path}, line {n}", f"{path}:{n}")
+            for n, line in enumerate(read_lines(path), 1) if line.strip()]
+
+
+def read_lines(path):
+    try:
+        with (sys.stdin if str(path) == "-" else open(path, encoding="utf-8-sig")) as file:
+            return file.read().split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8 text, found {error.reason} "
+                         f"at byte {error.start}") from None
+
+
+def parse_document(line, where, key):
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected one JSON object a line, found {error}") from None
+    expect(isinstance(row, dict), where, "one JSON object a line", row)
+    key = row.get("doc_key", key)
+    expect(isinstance(key, str), where, "a string as doc_key", key)
+    sentences = row.get("sentences")
+    expect(isinstance(sentences, list) and all(isinstance(s, list) for s in sentences), where,
+           "sentences as a list of lists of words", sentences)
+    for word in (w for words in sentences for w in words):
+        expect(isinstance(word, str) and word.strip() and is_text(word), where,
+               "every word to be a non-empty string of valid characters", word)
+
+    ends = np.cumsum([0, *map(len, sentences)]).tolist()
+
+    def rows_of(name, n_offsets):
+        """The rows of one annotation, checked and as tuples; None where the key is absent."""
+        rows, here = row.get(name), f"{where}, {name}"
+        if rows is None:
+            return None
+        if name == "clusters":
+            expect(isinstance(rows, list), here, "a list of clusters", rows)
+            bounds = [(0, ends[-1])] * len(rows)
+        else:
+            expect(isinstance(rows, list) and len(rows) == len(sentences), here,
+                   f"one list for each of the {len(sentences)} sentences", rows)
+            bounds = zip(ends, ends[1:])
+        checked = []
+        for items, (low, high) in zip(rows, bounds):
+            expect(isinstance(items, list), here, "a list", items)
+            for item in items:
+                shape = [int] * n_offsets + [str] * (name != "clusters")
+                expect(isinstance(item, list) and [type(x) for x in item] == shape, here,
+                       f"[{', '.join(t.__name__ for t in shape)}]", item)
+                for start, end in zip(item[0:n_offsets:2], item[1:n_offsets:2]):
+                    expect(low <= start <= end < high, here,
+                           f"{low} <= start <= end < {high}", item)
+                expect(name == "clusters" or item[-1].strip() and is_text(item[-1]), here,
+                       "a label with characters", item)
+            checked.append(list(dict.fromkeys(map(tuple, items))))  # the same row twice is one row
+        return checked
+
+    clusters = rows_of("clusters", 2)
+    twice = [m for m, n in Counter(m for c in clusters or [] for m in c).items() if n > 1]
+    expect(not twice, f"{where}, clusters", "every span in at most one cluster", twice)
+    return Document(key, sentences, rows_of("ner", 2), rows_of("emd", 2), rows_of("relations", 4),
+                    clusters)
+
+
+def is_text(string):
+    """False for lone surrogates, which JSON can spell and no file or screen can show."""
+    return not any("\ud800" <= c <= "\udfff" for c in string)
+
+
+def read_columns(path, key):
+    """Documents of one sentence from columns: word first, tag last, a blank line after a sentence.
+
+    Tags are BIO, BIOES or BIOUL, and become the annotation `key`. `-DOCSTART-` lines are skipped.
+    """
+    documents, words, tags = [], [], []
+    for n, line in enumerate([*read_lines(path), ""], 1):
+        line = line.strip("\r\n \t")
+        if not line and words:
+            name = f"{path}:{n - len(words)}"
+            documents.append(Document(name, [words], **{key: [spans_of(tags)]}))
+            words, tags = [], []
+        elif line and not line.startswith("-DOCSTART-"):
+            columns = line.split("\t") if "\t" in line else line.split()
+            where = f"{path}, line {n}"
+            expect(len(columns) > 1, where, "a word and a tag", line)
+            expect(re.fullmatch(r"O|[BIELSUM]-.*\S.*", columns[-1]), where,
+                   "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
+            expect(columns[0].strip(), where, "a word in the first column", line)
+            words.append(columns[0])
+            tags.append(columns[-1])
+    return documents
+
+
+def spans_of(tags):
+    """[(start, end, label)] of BIO, BIOES or BIOUL tags, ill-formed ones read as conlleval does:
+    a span starts at B, S, U and wherever nothing of its label is open."""
+    spans, closed = [], True
+    for t, tag in enumerate(tags):
+        prefix, _, label = tag.partition("-")
+        if tag == "O":
+            closed = True
+            continue
+        if prefix in "BSU" or closed or spans[-1][2] != label:
+            spans.append((t, t, label))
+        else:
+            spans[-1] = (spans[-1][0], t, label)
+        closed = prefix in "ELSU"
+    return spans
+
+
+WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?|'s\b|n't\b|\w+(?:[-&]\w+)*|\S")
+SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]]*"
+                          r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
+
+
+def read_text(path):
+    """One document of raw text from a file, or from standard input for `-`."""
+    text = "\n".join(read_lines(path))
+    cuts = [0, *(m.end() for m in SENTENCE_END.finditer(text)), len(text)]
+    sentences = [WORD.findall(text[a:b]) for a, b in zip(cuts, cuts[1:])]
+    expect(any(sentences), path, "some text", text)
+    return Document(str(path), [words for words in sentences if words])
+
+
+# ------------------------------------------------------------------------------- built-in corpus
+#
+# Invented news. A name is a random stem and an ending; endings, not whole names, tell the types
+# apart, so a test name can be classified though it was never seen. AMBIGUOUS names are of any
+# type: only the sentence tells. "P of X" is a job where X is an organisation, a home where it is a
+# place: finding the relation takes knowing the type, which the small relation set alone does not
+# teach. "P left O for N" makes a relation with one of two organisations: the types alone do not
+# tell. Relations hold between names; pronouns and nominals refer back where that is unambiguous.
+
+STEMS = """ab al an ar bal bel ber bor bran cal car cor dal dan del dor dun el er fal fen for gal
+ gar gor hal har hol il jan jor kal kel kir kor lam len lin lor mal mar mel mor nal nar nel nor ol
+ or pal pel por ral ran rel ros sal sar sel sor tal tar tel tor ul val ver vil vor wal wen wil yar
+ yor zal zen zor""".split()
+ENDINGS = {
+    "PER": """ez man son ova ski sen ini elli ard win wick smith field er ak uk ian oglu dottir
+     strom quist berg eau off enko vic ert olf ano ides""".split(),
+    "ORG": """ex tron soft corp tech dyne gen mart net bank air oil gas bus com pharm media chem
+     sys link works line flex star data lab mobil nova tel um""".split(),
+    "LOC": """ville stad burg ia ton ford mouth shire port land pool bury grad polis stan berg
+     field hampton dale wood ham by heim hafen ica aria mere brook ora ino""".split()}
+FIRST_NAMES = {"she": """Ada Anna Clara Dora Elena Emma Eva Fiona Greta Hanna Ida Ines Irene Julia
+     Karen Laura Lena Lucy Maria Nina Nora Olga Paula Rita Rosa Sara Sofia Tina Vera Zoe""".split(),
+               "he": """Adam Alan Boris Carl David Emil Eric Felix Frank George Hugo Igor Ivan Jack
+     James Karl Leo Luis Mark Max Nick Oscar Otto Paul Peter Ralph Simon Tom Victor Walter""".split()}
+AMBIGUOUS = """Austin Benton Carson Chester Clinton Dayton Denver Florence Ford Georgia Hamilton
+ Houston Jackson Jordan Lincoln Madison Marshall Milton Orlando Paris Preston Sidney Stanley
+ Victoria Warwick""".split()
+NOMINALS = {"PER": ["the lawyer", "the banker", "the engineer", "the politician"],
+            "ORG": ["the company", "the firm", "the group"], "LOC": ["the city", "the town"]}
+
+# Slots: P Q people, O N organisations, L M places, as names; p o l refer back. (a|b) is a choice.
+TEMPLATES = [line.split("#") for line in """
+P (joined|was hired by|went to work for) O (last year|in June|on Monday) . # P Works_For O
+P left O for N (last year|in June|on Monday) . # P Works_For N
+P left L for M (last year|in June|on Monday) . # P Lives_In M
+P of O (said|warned|denied) that (the deal|the plan|the sale) was (dead|near) . # P Works_For O
+P of L (said|warned|denied) that (the deal|the plan|the sale) was (dead|near) . # P Lives_In L
+P , (director|head|chairman) of O , (met|blamed|praised) Q of L . # P Works_For O ; Q Lives_In L
+P , (a farmer|a teacher|a painter) from L , (met|blamed|sued) Q of O . # P Lives_In L ; Q Works_For O
+P (founded|started|set up) O with Q (last year|in June|in 1998) . # P Founded O ; Q Founded O
+P , who (founded|started|set up) O , now works for N . # P Founded O ; P Works_For N
+O , (founded|started|set up) by P , is leaving L for M . # P Founded O ; O Based_In M
+O of L (hired|appointed) P (last year|in June|on Monday) . # O Based_In L ; P Works_For O
+O , based in L , (bought|took over) N from P . # O Based_In L ; O Owns N
+O was (bought|taken over) by N (last year|in June|on Monday) . # N Owns O
+O (bought|took over) N despite (a protest|a lawsuit) by P . # O Owns N
+P (grew up|lives|settled) in L and (met|blamed|sued) O . # P Lives_In L
+P (met|blamed|sued|praised) O (last year|in June|on Monday) . #
+P (met|blamed|sued|praised) Q in L . #
+P (flew to|visited|drove to) L for talks with O . #
+O (met|blamed|sued|praised) N over a (site|plant|shop) in L . #
+O (opened|closed|sold) a (site|plant|shop) in L (last year|in June|on Monday) . #
+P told Q that O might (open|close|sell) a (site|plant|shop) in L . #
+p (said|warned|denied) that o would (grow|shrink|move) (this year|soon) . #
+p (likes|knows|will visit) l (well|again) . #
+p (met|blamed|sued|praised) Q on Tuesday . #
+o (made|lost) (two|ten|forty) million in l . #
+o (is looking for staff|has debts|had no comment) , P said . #
+In l , p (had no comment|gave a speech|met reporters) . #
+""".strip().splitlines()]
+
+
+def builtin_documents(n, rng):
+    """n invented news documents, annotated for all four tasks, from a numpy random generator."""
+    return [builtin_document(f"news-{i}", rng) for i in range(n)]
+
+
+def builtin_document(key, rng):
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    def entity(kind):
+        name = None
+        while name is None or name in taken:      # two of one name could not be told apart
+            name = (pick(STEMS) + (pick(STEMS) if rng.random() < 0.5 else "")
+                    + pick(ENDINGS[kind])).capitalize()
+            name = pick(AMBIGUOUS) if rng.random() < 0.15 else name
+        taken.add(name)
+        gender = pick(["she", "he"]) if kind == "PER" else "it"
+        full = {"PER": [pick(FIRST_NAMES.get(gender, [""])), name], "LOC": [name],
+                "ORG": [name, pick(["Group", "Holdings"])] if rng.random() < 0.2 else [name]}[kind]
+        return {"kind": kind, "names": [full, [name]], "gender": gender, "mentions": [],
+                "nominal": pick(NOMINALS[kind]).split()}
+
+    taken = set()
+    cast = {kind: [entity(kind) for _ in range(3)] for kind in NOMINALS}
+    kinds = dict(zip("PQONLM", ["PER", "PER", "ORG", "ORG", "LOC", "LOC"]))
+    document = Document(key, [], [], [], [], [])
+    offset, previous = 0, []                      # the entities that the last sentence named
+    for n in range(5):
+        template, relations = pick(TEMPLATES[:-6] if n == 0 else TEMPLATES)
+        template = re.sub(r"\(([^)]*)\)", lambda m: pick(m[1].split("|")), template)
+        words, ner, emd, spans, named = [], [], [], {}, []
+        for symbol in template.split():
+            if symbol.upper() not in kinds:
+                words.append(symbol)
+                continue
+            kind = kinds[symbol.upper()]
+            recent = [e for e in previous if e["kind"] == kind]
+            who = pick([e for e in cast[kind] if e not in named])
+            if symbol.islower() and recent and recent[0] not in named:
+                who = recent[0]
+            rivals = [e for e in recent if e["gender"] == who["gender"]]
+            if symbol.islower() and rivals == [who] and rng.random() < 0.8:
+                form = [who["gender"]] if rng.random() < 0.6 else who["nominal"]
+            else:                                 # in full at first, in short from then on
+                form = who["names"][bool(who["mentions"])]
+            start, end = offset + len(words), offset + len(words) + len(form) - 1
+            words += form
+            emd.append((start, end, kind))
+            if form in who["names"]:
+                ner.append((start, end, kind))
+            who["mentions"].append((start, end))
+            spans[symbol] = (start, end)
+            named.append(who)
+        words[0] = words[0][0].upper() + words[0][1:]
+        document.sentences.append(words)
+        document.ner.append(ner)
+        document.emd.append(emd)
+        document.relations.append([(*spans[a], *spans[b], label) for a, label, b in
+                                   (r.split() for r in relations.split(" ; ") if r.strip())])
+        offset, previous = offset + len(words), named
+    document.clusters = [e["mentions"] for kind in cast for e in cast[kind]
+                         if len(e["mentions"]) > 1]
+    return document
+
+
+# ----------------------------------------------------------------------------------------- tasks
+
+@dataclass
+class Task:
+    """One task: its annotation, the dev score that training watches, and its documents.
+
+    `key` is the annotation in a Document. Tasks of sentences see each sentence as a document of
+    its own; a task of `whole_documents` sees a document at a time.
+    """
+    name: str
+    key: str
+    validation_metric_name: str
+    whole_documents: bool = False
+    validation_metric_decreases: bool = False
+    builtin_size: int = 0                         # training documents in the built-in corpus
+    data: dict = field(default_factory=dict)      # "train", "dev", "test" -> documents
+
+    def load_data(self, folder=None):
+        """Reads train, dev and test from a folder, or makes them where there is none.
+
+        Keeps the documents that carry this task's annotation. Raises InputError.
+        """
+        for seed, (split, size) in enumerate([("train", self.builtin_size), ("dev", 60),
+                                              ("test", 100)]):
+            if folder is None:
+                rng = np.random.default_rng([seed, seed or self.builtin_size])
+                documents = builtin_documents(size, rng)
+            else:
+                documents = read_split(folder, split, self.key)
+            documents = [d for d in documents if getattr(d, self.key) is not None]
+            if not self.whole_documents:
+                documents = [s for d in documents for s in d.single_sentences()]
+            self.data[split] = [d for d in documents if any(d.sentences)]
+            if not self.data[split]:
+                raise InputError(f"{folder}: expected {split} documents with the key "
+                                 f"'{self.key}' for the task {self.name}, found none")
+
+    def labels(self):
+        """The labels of the training documents, sorted; coreference has none."""
+        rows = [] if self.whole_documents else [getattr(d, self.key)[0] for d in self.data["train"]]
+        return sorted({row[-1] for spans in rows for row in spans})
+
+    def n_batches(self, size):
+        """Training batches in one pass over the data; a whole document is a batch."""
+        return math.ceil(len(self.data["train"]) / (1 if self.whole_documents else size))
+
+    def batch(self, n, size, seed):
+        """The documents of training batch number n = 0, 1, ...: a function of its arguments, so a
+        resumed run needs to know only how many batches were drawn."""
+        lengths = tuple(sum(map(len, d.sentences)) for d in self.data["train"])
+        epoch, n = divmod(n, self.n_batches(size))
+        batches = plan_batches(lengths, 1 if self.whole_documents else size,
+                               (seed, *self.name.encode(), epoch))
+        return [self.data["train"][i] for i in batches[n]]
+
+
+def tasks_in_order():
+    """The four tasks, from the simplest to the most complex."""
+    return [Task("ner", "ner", "f1", builtin_size=400),
+            Task("emd", "emd", "f1", builtin_size=200),
+            Task("rel", "relations", "last-token", builtin_size=60),
+            Task("coref", "clusters", "mean", whole_documents=True, builtin_size=80)]
+
+
+@lru_cache(maxsize=8)
+def plan_batches(lengths, size, seed):
+    """Index arrays of batches of like lengths, in random order: padding costs time."""
+    rng = np.random.default_rng(seed)
+    noisy = np.array(lengths) * rng.uniform(0.9, 1.1, len(lengths))
+    batches = np.split(np.argsort(noisy), range(size, len(lengths), size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def read_split(folder, split, key):
+    for ending in (".json", ".jsonl", ".conll", ".txt", ".bio"):
+        path = Path(folder) / (split + ending)
+        if path.is_file():
+            if ending in (".json", ".jsonl"):
+                return read_json(path)
+            return read_columns(path, key) if key in ("ner", "emd") else []
+    raise InputError(f"{folder}: expected a file {split}.json, .jsonl, .conll, .txt or .bio, "
+                     "found none")
+
+
+# --------------------------------------------------------------------------------------- batches
+
+class Vocabulary:
+    """Words (lower-cased) and characters with their numbers: 0 is padding, 1 the unknown.
+
+    `words`: first those of the training documents, the frequent before the rare (seen once), then
+    the words that only the vector file has. `n_frequent` and `n_trained` are where these end.
+    """
+    LONGEST = 40     # characters of a word that are read; a web address need not be read to its end
+
+    def __init__(self, words, chars, n_frequent, n_trained):
+        self.words, self.chars = words, chars
+        self.n_frequent, self.n_trained = n_frequent, n_trained
+        self.word_ids = {word: i for i, word in enumerate(words)}
+        self.char_ids = {char: i for i, char in enumerate(chars)}
+
+    @classmethod
+    def of(cls, documents, more_words=()):
+        words = Counter(w for d in documents for s in d.sentences for w in s)
+        lower = Counter()
+        for word, count in words.items():
+            lower[word.lower()] += count
+        trained = ["", "<unknown>", *(w for w, _ in sorted(lower.items(), key=lambda x: (-x[1], x[0])))]
+        known = set(trained)
+        return cls(trained + [w for w in more_words if w not in known],
+                   ["", "<unknown>", *sorted({c for word in words for c in word})],
+                   2 + sum(count > 1 for count in lower.values()), len(trained))
+
+    def state(self):
+        return {"words": self.words, "chars": self.chars, "n_frequent": self.n_frequent,
+                "n_trained": self.n_trained}
+
+
+@dataclass
+class Batch:
+    """Documents as tensors. The sentences of all documents lie side by side, empty ones left out.
+
+    B sentences, T tokens in the longest, U distinct words, C characters in the longest word.
+    """
+    documents: list
+    lengths: list             # B sentence lengths
+    words: torch.Tensor       # (U,) vocabulary numbers of the distinct words; word 0 is padding
+    chars: torch.Tensor       # (U, C) their characters, 0 is padding
+    tokens: torch.Tensor      # (B, T) numbers of distinct words, 0 is padding
+    mask: torch.Tensor        # (B, T) True on tokens, False on padding
+
+    def to(self, device):
+        return Batch(self.documents, self.lengths, *(x.to(device, non_blocking=True) for x in
+                     (self.words, self.chars, self.tokens, self.mask)))
+
+
+def make_batch(documents, vocabulary):
+    sentences = [words for d in documents for words in d.sentences if words]
+    distinct = {"": 0}
+    rows = [[distinct.setdefault(word, len(distinct)) for word in words] for words in sentences]
+    chars = [[vocabulary.char_ids.get(c, 1) for c in word[:vocabulary.LONGEST]] for word in distinct]
+    tokens = torch.from_numpy(padded(rows))
+    return Batch(documents, [len(row) for row in rows],
+                 torch.tensor([vocabulary.word_ids.get(word.lower(), 1) for word in distinct]),
+                 torch.from_numpy(padded(chars)), tokens, tokens > 0)
+
+
+def padded(rows):
+    """Lists of numbers as one array, zeros behind the shorter ones."""
+    array = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
+    for line, row in zip(array, rows):
+        line[:len(row)] = row
+    return array
+
+
+def read_vectors(path):
+    """(words, (N, D) float32 array) of a GloVe or word2vec text file: a word, then its numbers."""
+    lines = read_lines(path)
+    if len(lines[0].split()) == 2:              # word2vec writes a first line of two counts
+        lines[0] = ""
+    width = next((len(line.split()) - 1 for line in lines if line.strip()), 0)
+    expect(width > 0, path, "a word and its numbers on every line", lines[0])
+    vectors = {}
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            fields = line.rstrip().split(" ")   # a word may hold a space: numbers are the last
+            word, numbers = " ".join(fields[:-width]), fields[-width:]
+            try:
+                vector = np.array(numbers, dtype=np.float32)
+            except ValueError:
+                vector = np.array([np.nan])
+            if not word or not np.isfinite(vector).all():
+                raise InputError(f"{path}, line {n}: expected a word and {width} numbers, "
+                                 f"found {json.dumps(line[:60])}")
+            vectors.setdefault(word.lower(), vector)
+    return list(vectors), np.stack(list(vectors.values()))
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+class Scores:
+    """Adds up four sums per name and turns them into F1, precision and recall, in percent."""
+
+    def __init__(self, names, mean=None):
+        self.names, self.mean = names, mean
+        self.reset()
+
+    def reset(self):
+        self.sums = torch.zeros(len(self.names), 5, dtype=torch.float64)   # last: times added
+
+    def add(self, name, counts):
+        self.sums[self.names.index(name)] += torch.tensor([*counts, 1], dtype=torch.float64)
+
+    def compute(self):
+        """{name: F1, name-precision, name-recall}, of the names that were added; 0 / 0 = 0."""
+        scores = {}
+        for name, (hit_p, predicted, hit_g, gold, times) in zip(self.names, self.sums.tolist()):
+            if times:
+                p, r = 100 * hit_p / (predicted or 1), 100 * hit_g / (gold or 1)
+                scores |= {name: 2 * p * r / (p + r or 1), f"{name}-precision": p,
+                           f"{name}-recall": r}
+        if self.mean and scores:
+            scores[self.mean] = sum(scores[name] for name in self.names) / len(self.names)
+        return scores
+
+
+def count_rows(predicted, gold):
+    """Counts for spans with a label, or relations: a row counts where it is there exactly."""
+    predicted, gold = set(predicted), set(gold)
+    hits = len(predicted & gold)
+    return hits, len(predicted), hits, len(gold)
+
+
+def muc(predicted, gold):
+    """Vilain et al. 1995: links. A cluster of n mentions has n - 1; the other side lacks one for
+    every part but the first into which it splits the cluster."""
+    def links(clusters, others):
+        owner = {m: i for i, cluster in enumerate(others) for m in cluster}
+        return sum(len(c) - len({owner.get(m, m) for m in c}) for c in clusters)
+    return (links(predicted, gold), sum(len(c) - 1 for c in predicted),
+            links(gold, predicted), sum(len(c) - 1 for c in gold))
+
+
+def b_cubed(predicted, gold):
+    """Bagga & Baldwin 1998: for every mention, the share of its cluster that it shares with the
+    other side's cluster of the same mention."""
+    def shares(clusters, others):
+        owner = {m: i for i, cluster in enumerate(others) for m in cluster}
+        return sum(n * n / len(c) for c in clusters
+                   for n in Counter(owner[m] for m in c if m in owner).values())
+    return (shares(predicted, gold), sum(map(len, predicted)),
+            shares(gold, predicted), sum(map(len, gold)))
+
+
+def ceaf_e(predicted, gold):
+    """Luo 2005, phi4: the best one-to-one match of clusters by 2 |P & G| / (|P| + |G|)."""
+    similarity = np.zeros((len(predicted), len(gold)))
+    owner = {m: j for j, cluster in enumerate(gold) for m in cluster}
+    for i, cluster in enumerate(predicted):
+        for j, n in Counter(owner[m] for m in cluster if m in owner).items():
+            similarity[i, j] = 2 * n / (len(cluster) + len(gold[j]))
+    best = max_assignment(similarity)
+    return best, len(predicted), best, len(gold)
+
+
+COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
+
+
+def max_assignment(value):
+    """The largest sum of entries of a matrix, at most one in a row and in a column, all >= 0.
+
+    Successive shortest paths with row and column potentials (Jonker & Volgenant 1987), O(n^3).
+    """
+    cost = -value if len(value) <= value.shape[1] else -value.T
+    n, m = cost.shape
+    u, v = np.zeros(n), np.zeros(m)                # cost - u - v >= 0 always, 0 where matched
+    row_of = np.full(m, -1)                        # the row matched to each column
+    for row in range(n):
+        distance, came_from, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, dtype=bool)
+        i, column, shortest = row, -1, 0.0
+        while i >= 0:                              # grow the tree of shortest paths to a free column
+            reduced = shortest + cost[i] - u[i] - v
+            closer = ~done & (reduced < distance)
+            distance[closer], came_from[closer] = reduced[closer], column
+            column = int(np.where(done, np.inf, distance).argmin())
+            done[column], shortest, i = True, distance[column], row_of[column]
+        reached = done & (row_of >= 0)
+        u[row_of[reached]] += shortest - distance[reached]
+        u[row] += shortest
+        v[done] -= shortest - distance[done]
+        while column >= 0:                         # turn the matches along the path around
+            before = came_from[column]
+            row_of[column] = row if before < 0 else row_of[before]
+            column = before
+    return float(sum(-cost[i, j] for j, i in enumerate(row_of) if i >= 0))

@@ -1,0 +1,491 @@
+"""Training: one task is drawn per step. Read tasks.py and hmtl.py before.
+
+    python train.py --tasks ner rel                       # the built-in corpus
+    python train.py --tasks ner rel --data DIR --vectors glove.txt
+    python train.py --run runs/ner-rel --resume           # go on after any interruption
+    python train.py --run runs/ner-rel --predict FILE     # raw text, or - for standard input
+
+The algorithm of the paper is `MultiTaskTrainer.train_epoch`: draw a task with a probability
+proportional to its batches (`choose_task`), take its next batch, one step of that task's own
+optimizer over the whole model. After every epoch every task is scored on its dev documents; the
+best weights of each task, and of the best mean, are kept; training ends when no task improves.
+
+A run is a function of its settings: every epoch seeds itself from (seed, epoch) and batch number n
+of a task is `Task.batch(n)`. So the checkpoint needs no generator states, and a resumed run equals
+an uninterrupted one bit for bit (on a CPU, with as many threads).
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sqlite3
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hmtl import HMTL, Settings
+from tasks import (Document, InputError, Vocabulary, make_batch, read_text, read_vectors,
+                   tasks_in_order)
+
+
+# ------------------------------------------------------------------------------- which task next
+
+def sampling_probabilities(schedule, n_batches):
+    """Probability of each task; n_batches: training batches of each."""
+    shares = np.array(n_batches if schedule == "proportional" else [1] * len(n_batches), float)
+    return shares / shares.sum()
+
+
+def choose_task(sampling_prob, rng):
+    """The number of the task to train next: one multinomial draw from a numpy generator."""
+    return int(np.argmax(rng.multinomial(1, sampling_prob)))
+
+
+# --------------------------------------------------------------------------------- when to stop
+
+def best_epoch(scores, decreases=False):
+    """The index of the best of a list of scores, the first of equals."""
+    return min(range(len(scores)), key=lambda i: scores[i] if decreases else -scores[i])
+
+
+def epochs_waited(scores, decreases=False):
+    """Epochs since the best score. A task that has scored nothing yet has not taken off: its
+    patience does not run."""
+    if not any(scores):
+        return 0
+    return len(scores) - 1 - best_epoch(scores, decreases)
+
+
+# ------------------------------------------------------------------------------------ the trainer
+
+class NotFinite(Exception):
+    """The loss is infinite or not a number."""
+
+
+class MultiTaskTrainer:
+    """Trains an HMTL model on several tasks, and keeps the run in a folder."""
+
+    def __init__(self, model, tasks, vocabulary, settings, folder):
+        self.model, self.tasks, self.vocabulary = model, tasks, vocabulary
+        self.settings, self.folder = settings, Path(folder)
+        self.device = next(model.parameters()).device
+        # One optimizer per task, each over the whole model: Adam divides by the size of a task's
+        # own gradients, so the scale of its loss does not matter.
+        self.optimizers = {task.name: torch.optim.Adam(model.parameters(), settings.lr, fused=True)
+                           for task in tasks}
+        self.schedules = {task.name: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizers[task.name], "min" if task.validation_metric_decreases else "max",
+            factor=0.5, patience=settings.lr_patience) for task in tasks}
+        self.steps = {task.name: 0 for task in tasks}
+        self.history = []             # per epoch: {"epoch", "loss", "dev", ...}; log.jsonl's lines
+
+    def train(self, n_epochs):
+        """Trains until epoch number n_epochs, or until every task's patience is at its end."""
+        while len(self.history) < n_epochs and not self.finished():
+            started = time.time()
+            losses = self.train_epoch(len(self.history))
+            dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
+            self.history.append({
+                "epoch": len(self.history) + 1, "steps": dict(self.steps), "loss": losses, "dev": dev,
+                "lr": {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}})
+            for task in self.tasks:
+                self.schedules[task.name].step(dev[task.name][task.validation_metric_name])
+            self.save()
+            self.print_epoch(time.time() - started)
+
+    def train_epoch(self, epoch):
+        """As many steps as there are training batches in all. Returns the mean loss of each task."""
+        settings = self.settings
+        rng = np.random.default_rng([settings.seed, epoch])
+        torch.manual_seed(int(rng.integers(2 ** 63)))
+        n_batches = [task.n_batches(settings.batch_size) for task in self.tasks]
+        sampling_prob = sampling_probabilities(settings.schedule, n_batches)
+        losses = {task.name: [] for task in self.tasks}
+        self.model.train()
+        for step in range(sum(n_batches)):
+            task = self.tasks[choose_task(sampling_prob, rng)]
+            losses[task.name].append(self.train_step(task))
+            if step % 20 == 0 or step == sum(n_batches) - 1:
+                self.check(losses, epoch)
+                progress(f"epoch {epoch + 1}: step {step + 1} of {sum(n_batches)}")
+        return {name: float(torch.stack(x).mean()) if x else None for name, x in losses.items()}
+
+    def train_step(self, task):
+        """One step on the task's next batch; the loss, as a tensor."""
+        documents = task.batch(self.steps[task.name], self.settings.batch_size, self.settings.seed)
+        self.steps[task.name] += 1
+        batch = make_batch(documents, self.vocabulary).to(self.device)
+        loss = self.model(task.name, batch)["loss"]
+        self.model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizers[task.name].step()
+        return loss.detach()
+
+    def check(self, losses, epoch):
+        """Stops the run where a loss is not finite; not at every step, as a GPU would wait for it."""
+        for name, values in losses.items():
+            bad = (~torch.stack(values).isfinite()).nonzero() if values else []
+            if len(bad):
+                step = self.steps[name] - len(values) + int(bad[0]) + 1
+                raise NotFinite(f"{self.folder}: the loss of {name} is {float(values[bad[0]])} at "
+                                f"its step {step} in epoch {epoch + 1}; the checkpoint holds epoch "
+                                f"{len(self.history)}")
+
+    def evaluate(self, task, split):
+        """The scores of one task on its dev or test documents."""
+        self.model.eval()
+        documents = sorted(task.data[split], key=lambda d: sum(map(len, d.sentences)))
+        size = 1 if task.whole_documents else self.settings.batch_size
+        for i in range(0, len(documents), size):
+            batch = make_batch(documents[i:i + size], self.vocabulary).to(self.device)
+            self.model(task.name, batch)
+        return self.model.get_metrics(task.name, reset=True)
+
+    # The history answers every question about progress, so nothing else about it is kept.
+
+    def dev_scores(self, task):
+        return [row["dev"][task.name][task.validation_metric_name] for row in self.history]
+
+    def mean_scores(self):
+        """Per epoch, the mean of the tasks' dev scores; what decreases counts negative."""
+        return np.mean([[-s if task.validation_metric_decreases else s for s in self.dev_scores(task)]
+                        for task in self.tasks], axis=0).tolist()
+
+    def finished(self):
+        return bool(self.history) and all(
+            epochs_waited(self.dev_scores(task), task.validation_metric_decreases)
+            >= self.settings.patience for task in self.tasks)
+
+    def print_epoch(self, seconds):
+        cells = []
+        for task in self.tasks:
+            scores = self.dev_scores(task)
+            best = best_epoch(scores, task.validation_metric_decreases) == len(scores) - 1
+            cells.append(f"{task.name} {scores[-1]:5.1f}{'*' if best else ' '}")
+        progress("")
+        print(f"epoch {len(self.history):3d}  {seconds:5.1f} s   " + "  ".join(cells), flush=True)
+
+    # What a run leaves on disk. The best weights are written before the checkpoint: a run that is
+    # killed between the two trains the epoch again and writes the same.
+
+    def save(self):
+        weights = self.model.state_dict()
+        last = len(self.history) - 1
+        for task in self.tasks:
+            if best_epoch(self.dev_scores(task), task.validation_metric_decreases) == last:
+                write(self.folder / f"best-{task.name}.pt", weights)
+        if best_epoch(self.mean_scores()) == last:
+            write(self.folder / "best.pt", weights)
+        labels = {task.name: task.labels() for task in self.tasks}
+        write(self.folder / "checkpoint.pt", {
+            "settings": asdict(self.settings), "labels": labels,
+            "vocabulary": self.vocabulary.state(), "model": weights, "steps": self.steps,
+            "optimizers": {name: x.state_dict() for name, x in self.optimizers.items()},
+            "schedules": {name: x.state_dict() for name, x in self.schedules.items()},
+            "history": self.history})
+        self.write_log()
+
+    def write_log(self):
+        write(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def restore(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        for name in self.optimizers:
+            self.optimizers[name].load_state_dict(checkpoint["optimizers"][name])
+            self.schedules[name].load_state_dict(checkpoint["schedules"][name])
+        self.steps, self.history = checkpoint["steps"], checkpoint["history"]
+        self.write_log()
+
+    def results(self):
+        """Final dev and test scores: each task from its own best weights, as in the paper, and all
+        from the one model with the best mean, whose weights stay loaded. Written to results.json."""
+        results = {"settings": asdict(self.settings), "tasks": {}}
+        for task in self.tasks:
+            self.load_weights(f"best-{task.name}.pt")
+            scores = self.dev_scores(task)
+            results["tasks"][task.name] = {
+                "best_epoch": best_epoch(scores, task.validation_metric_decreases) + 1,
+                "steps": self.steps[task.name],
+                "own_best": {s: self.evaluate(task, s) for s in ("dev", "test")}}
+        self.load_weights("best.pt")
+        results["one_model_epoch"] = best_epoch(self.mean_scores()) + 1
+        for task in self.tasks:
+            results["tasks"][task.name]["one_model"] = {s: self.evaluate(task, s)
+                                                        for s in ("dev", "test")}
+        write(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    def load_weights(self, name):
+        self.model.load_state_dict(load(self.folder / name, self.device))
+
+
+# ---------------------------------------------------------------------------------- on the screen
+
+def progress(text):
+    """A line that the next one replaces, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def print_tasks(tasks, settings):
+    n_batches = [task.n_batches(settings.batch_size) for task in tasks]
+    print("task    train    dev   test         batches  probability")
+    for task, n, p in zip(tasks, n_batches, sampling_probabilities(settings.schedule, n_batches)):
+        sizes = "".join(f"{len(task.data[s]):7d}" for s in ("train", "dev", "test"))
+        unit = "documents" if task.whole_documents else "sentences"
+        print(f"{task.name:5s} {sizes} {unit} {n:5d}  {p:.3f}")
+
+
+def print_results(results):
+    print(f"\ntest scores in percent: of each task's own best weights, and of the one model with the "
+          f"best mean on dev (epoch {results['one_model_epoch']})\n")
+    print("task   score        own best  one model   dev (own best)   best epoch")
+    for name, task in results["tasks"].items():
+        for score in [s for s in task["own_best"]["test"] if not s.endswith(("recall", "precision"))]:
+            print(f"{name:6s} {score:11s} {task['own_best']['test'][score]:9.2f}  "
+                  f"{task['one_model']['test'][score]:9.2f}   "
+                  f"{task['own_best']['dev'][score]:14.2f}   {task['best_epoch']:10d}")
+
+
+def print_examples(model, tasks, vocabulary, device, n=2):
+    """A few dev documents of every task: what was found, what was wrong, what was missed."""
+    model.eval()
+    for task in tasks:
+        print(f"\n{task.name}, dev: + right, ! wrong, - missed")
+        annotated = [d for d in task.data["dev"] if any(getattr(d, task.key))]
+        for document in annotated[:n]:
+            words = [w for s in document.sentences for w in s]
+            found = model.annotate(document, make_batch([document], vocabulary).to(device))
+            rows = [getattr(d, task.key) for d in (found, document)]
+            rows = rows if task.whole_documents else [r[0] for r in rows]
+            found, gold = [{identity(task, row): row for row in r} for r in rows]
+            print("  " + " ".join(words))
+            for mark, keys, source in [("+", found.keys() & gold.keys(), gold),
+                                       ("!", found.keys() - gold.keys(), found),
+                                       ("-", gold.keys() - found.keys(), gold)]:
+                for key in sorted(keys, key=str):
+                    print(f"    {mark} {in_words(task.name, source[key], words)}")
+
+
+def identity(task, row):
+    """What a predicted row must share with a gold one to be right."""
+    if task.whole_documents:
+        return frozenset(map(tuple, row))
+    return (row[1], row[3], row[4]) if task.name == "rel" else tuple(row)
+
+
+def in_words(name, row, words):
+    def text(start, end):
+        return " ".join(words[start:end + 1])
+    if name == "coref":
+        return "{" + ", ".join(text(*span) for span in row) + "}"
+    if name == "rel":
+        return f"{text(*row[:2])} -- {row[4]} -> {text(*row[2:4])}"
+    return f"{text(*row[:2])} {row[2]}"
+
+
+def print_annotated(document):
+    """Text with [bracketed LABEL] spans, #n for the clusters they are in, and relations below."""
+    labels = {}
+    for rows in (document.ner or []) + (document.emd or []):
+        for start, end, label in rows:
+            labels.setdefault((start, end), []).append(label)
+    for i, cluster in enumerate(document.clusters or [], 1):
+        for span in cluster:
+            labels.setdefault(span, []).append(f"#{i}")
+    words, offset = [w for s in document.sentences for w in s], 0
+    for sentence, relations in zip(document.sentences,
+                                   document.relations or [[]] * len(document.sentences)):
+        pieces = []
+        for t, word in enumerate(sentence, offset):
+            opened = sum(start == t for start, _ in labels)
+            closed = [" ".join(["", *dict.fromkeys(labels[s])]) + "]"
+                      for s in sorted(labels, key=lambda s: -s[0]) if s[1] == t]
+            pieces.append("[" * opened + word + "".join(closed))
+        print(" ".join(pieces))
+        for row in relations:
+            print("    " + in_words("rel", row, words))
+        offset += len(sentence)
+
+
+# ----------------------------------------------------------------------------------- runs on disk
+
+def write(path, content):
+    """Text, or tensors and plain values. The name always holds a whole file: the old or the new."""
+    if isinstance(content, str):
+        content = content.encode()
+    else:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path, device="cpu"):
+    """Tensors and plain values; weights_only: a file cannot run code."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except Exception as error:         # torch raises many kinds for a damaged file
+        raise InputError(f"{path}: expected a checkpoint of train.py, found a file that does not "
+                         f"load ({type(error).__name__})") from None
+
+
+def new_folder(tasks):
+    """runs/<tasks>, with a number behind where that exists."""
+    name = Path("runs") / "-".join(tasks)
+    folder, n = name, 1
+    while folder.exists():
+        n += 1
+        folder = name.with_name(f"{name.name}-{n}")
+    return folder
+
+
+def lock(folder):
+    """Refuses a second process in a run folder. SQLite locks files on every system, and the system
+    lets go of the lock when the process ends, however it ends."""
+    connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        raise InputError(f"{folder}: another process trains in this folder") from None
+    return connection
+
+
+def data_folders(data, tasks):
+    """{task name: folder or None} from --data DIR, or --data TASK=DIR ..."""
+    folders = dict.fromkeys((task.name for task in tasks), None)
+    for item in data:
+        name, equals, folder = item.partition("=")
+        if not equals:
+            folders = dict.fromkeys(folders, item)
+        elif name in folders:
+            folders[name] = folder
+        else:
+            raise InputError(f"--data {item}: expected one of the tasks {', '.join(folders)} "
+                             f"before the =, found {name}")
+    missing = [name for name, folder in folders.items() if data and folder is None]
+    if missing:
+        raise InputError(f"--data: expected a folder for the task {missing[0]}, found none")
+    return folders
+
+
+def chosen_tasks(names):
+    return [task for task in tasks_in_order() if task.name in names]
+
+
+def build(settings, checkpoint=None):
+    """(tasks with data, vocabulary, model) of a run's settings; the vocabulary from a checkpoint
+    where there is one, else from the training documents and the vectors."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tasks = chosen_tasks(settings.tasks)
+    for task in tasks:
+        task.load_data(data_folders(settings.data, tasks)[task.name])
+    labels = {task.name: task.labels() for task in tasks}
+    torch.manual_seed(settings.seed)
+    vectors = read_vectors(settings.vectors) if settings.vectors else None
+    vocabulary = Vocabulary.of([d for task in tasks for d in task.data["train"]],
+                               vectors[0] if vectors else ())
+    if checkpoint and (labels != checkpoint["labels"]
+                       or vocabulary.state() != checkpoint["vocabulary"]):
+        raise InputError("--resume: expected the training data and vectors of the run, found others")
+    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
+
+
+def predict(folder, path, as_json):
+    """Prints the document of raw text at path with everything that a run's one model finds."""
+    checkpoint = load(folder / "checkpoint.pt")
+    settings = Settings(**checkpoint["settings"])
+    vocabulary = Vocabulary(**checkpoint["vocabulary"])
+    vectors = None
+    model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings, vectors)
+    model.load_state_dict(load(folder / "best.pt"))
+    model.eval()
+    document = read_text(path)
+    document = model.annotate(document, make_batch([document], vocabulary))
+    print(document.to_json()) if as_json else print_annotated(document)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse(arguments):
+    """(settings given on the command line as a dict, other arguments)."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", metavar="DIR", type=Path, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
+    parser.add_argument("--predict", metavar="FILE", help="annotate raw text, - for standard input")
+    parser.add_argument("--json", action="store_true", help="predict JSON lines")
+    choices = {"tasks": [task.name for task in tasks_in_order()],
+               "schedule": ["proportional", "uniform"]}
+    for f in fields(Settings):
+        many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
+        default = " ".join(f.default) if f.type is tuple else f.default
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            choices=choices.get(f.name), help=f"default: {default or 'none'}", **many)
+    given = vars(parser.parse_args(arguments))
+    other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
+
+
+def main(arguments=None):
+    given, other = parse(arguments)
+    if (other.resume or other.predict) and not other.run:
+        raise InputError("--resume and --predict need --run DIR")
+    if other.predict:
+        return predict(other.run, other.predict, other.json)
+
+    checkpoint, folder = None, other.run
+    if other.resume:
+        checkpoint = load(folder / "checkpoint.pt")
+        stored = checkpoint["settings"]
+        for name, value in given.items():
+            if value != stored[name] and name not in ("epochs", "patience", "device"):
+                raise InputError(f"--{name} {value}: this run has {stored[name]}")
+        settings = Settings(**stored | given)
+    else:
+        settings = Settings(**given)
+        folder = folder or new_folder(settings.tasks)
+        if (folder / "checkpoint.pt").exists():
+            raise InputError(f"{folder}: holds a run; go on with --resume, or name another folder")
+    tasks, vocabulary, model = build(settings, checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
+    trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    print(", ".join(f"{k} {v}" for k, v in asdict(settings).items()) + "\n")
+    print_tasks(tasks, settings)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, run folder {folder}\n")
+    trainer.train(settings.epochs)
+    print_results(trainer.results())
+    print_examples(model, tasks, vocabulary, trainer.device)
+    held.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, NotFinite) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; go on with --run DIR --resume", file=sys.stderr)
+        sys.exit(130)
