@@ -95,7 +95,8 @@ class MultiTaskTrainer:
                 "epoch": len(self.history) + 1, "steps": dict(self.steps), "loss": losses, "dev": dev,
                 "lr": {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}})
             for task in self.tasks:
-                self.schedules[task.name].step(dev[task.name][task.validation_metric_name])
+                if any(self.dev_scores(task)):       # a task that has not taken off keeps its rate
+                    self.schedules[task.name].step(self.dev_scores(task)[-1])
             self.save()
             self.print_epoch(time.time() - started)
 

@@ -1,0 +1,977 @@
+"""The tests: every claim of the code against a second form that is easy to trust.
+
+    python -m unittest test_hmtl                 # all; or test_hmtl.CRFTest for one class
+    python test_hmtl.py benchmark                # what a training step costs
+"""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import unittest
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import train
+from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, RelationHead, Settings, Tagger, nearest,
+                  outermost, with_spans, with_types)
+from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed, builtin_documents,
+                   ceaf_e, count_rows, make_batch, max_assignment, muc, plan_batches, read_columns,
+                   read_json, read_text, read_vectors, spans_of, tasks_in_order)
+
+HERE = Path(__file__).parent
+ALL = ("ner", "emd", "rel", "coref")
+TINY = Settings(word_dim=8, char_dim=4, char_filters=6, ner_encoder="2x6", emd_encoder="1x5",
+                rel_encoder="2x6", coref_encoder="1x7", dropout=0.0, unknown=0.0, relation_units=9,
+                coref_units=10, batch_size=4, epochs=3)
+
+
+def tiny_tasks(names=ALL, n=12):
+    """Built-in tasks cut to n training, dev and test documents, most of them with something in."""
+    tasks = train.chosen_tasks(names)
+    for seed, task in enumerate(tasks):
+        task.data = {split: [s for d in builtin_documents(n, np.random.default_rng([seed, i]))
+                             for s in ([d] if task.whole_documents else d.single_sentences())][:n]
+                     for i, split in enumerate(("train", "dev", "test"))}
+    return tasks
+
+
+def tiny_model(names=ALL, settings=TINY, n=12):
+    tasks = tiny_tasks(names, n)
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.of([d for task in tasks for d in task.data["train"]])
+    labels = {task.name: task.labels() for task in tasks}
+    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings)
+
+
+def overpadded(batch, tokens=5, chars=4):
+    """The same batch with more padding behind every sentence and every word."""
+    return replace(batch, tokens=nn.functional.pad(batch.tokens, (0, tokens)),
+                   mask=nn.functional.pad(batch.mask, (0, tokens)),
+                   chars=nn.functional.pad(batch.chars, (0, chars)))
+
+
+def loss_and_gradient(model, name, batch):
+    model.zero_grad()
+    loss = model.train()(name, batch)["loss"]
+    loss.backward()
+    gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return loss.item(), gradient
+
+
+# ---------------------------------------------------------------------------------- the encoder
+
+class EncoderTest(unittest.TestCase):
+
+    def test_equals_packed_bidirectional_lstm(self):
+        torch.manual_seed(0)
+        encoder, lengths = Encoder(5, "1x4", dropout=0.0), [7, 1, 4]
+        plain = nn.LSTM(5, 4, batch_first=True, bidirectional=True)
+        for ours in [name for name, _ in encoder.layers[0].named_parameters()]:
+            weight = getattr(encoder.layers[0], ours)
+            if "ih" in ours:
+                getattr(plain, ours).data = weight.data[:, :-1].clone()
+                getattr(plain, ours.replace("weight", "bias")).data = weight.data[:, -1].clone()
+                getattr(plain, ours.replace("weight_ih", "bias_hh")).data.zero_()
+            else:
+                getattr(plain, ours).data = weight.data.clone()
+        x = torch.randn(3, 7, 5)
+        mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True,
+                                                   enforce_sorted=False)
+        expected, _ = nn.utils.rnn.pad_packed_sequence(plain(packed)[0], batch_first=True)
+        found = encoder(x * mask[:, :, None], mask)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        self.assertEqual(float(found[~mask].abs().sum()), 0.0)
+
+
+# -------------------------------------------------------------------------------------- the CRF
+
+class CRFTest(unittest.TestCase):
+    LENGTHS = [4, 1, 3, 2]
+
+    def setUp(self):
+        torch.manual_seed(1)
+        self.tagger = Tagger("ner", 3, ["X"], TINY)             # O B-X I-X U-X L-X
+        self.k = len(self.tagger.tags)
+        self.crf = self.tagger.crf
+        for p in self.crf.parameters():
+            nn.init.normal_(p)
+        self.mask = torch.arange(4) < torch.tensor(self.LENGTHS)[:, None]
+        self.emissions = torch.randn(4, 4, self.k)
+
+    def path_score(self, b, path):
+        crf, e = self.crf, self.emissions[b]
+        score = crf.start[path[0]] + crf.end[path[-1]] + sum(e[t, k] for t, k in enumerate(path))
+        return (score + sum(crf.transitions[i, j] for i, j in zip(path, path[1:]))).item()
+
+    def paths(self, b):
+        return itertools.product(range(self.k), repeat=self.LENGTHS[b])
+
+    def test_likelihood_against_enumeration(self):
+        tags = torch.randint(self.k, (4, 4))
+        losses = self.crf.loss(self.emissions, tags, self.mask)
+        for b, n in enumerate(self.LENGTHS):
+            total = torch.tensor([self.path_score(b, p) for p in self.paths(b)]).double().logsumexp(0)
+            expected = total.item() - self.path_score(b, tags[b, :n].tolist())
+            self.assertAlmostEqual(losses[b].item(), expected, places=4)
+
+    def test_gradient_is_the_marginal_probability(self):
+        emissions = self.emissions.clone().requires_grad_()
+        self.crf.log_partition(emissions, self.mask).sum().backward()
+        for b, n in enumerate(self.LENGTHS):
+            paths = list(self.paths(b))
+            weights = torch.tensor([self.path_score(b, p) for p in paths]).double().softmax(0)
+            expected = torch.zeros(4, self.k, dtype=torch.float64)
+            for path, weight in zip(paths, weights):
+                expected[range(n), path] += weight
+            torch.testing.assert_close(emissions.grad[b].double(), expected, atol=1e-5, rtol=1e-4)
+
+    def test_equal_scores_count_the_paths(self):
+        for p in self.crf.parameters():
+            nn.init.zeros_(p)
+        logs = self.crf.log_partition(torch.zeros(4, 4, self.k), self.mask)
+        for log, n in zip(logs.tolist(), self.LENGTHS):
+            self.assertAlmostEqual(log, n * np.log(self.k), places=4)
+
+    def test_extreme_scores_against_logs_in_float64(self):
+        torch.manual_seed(2)
+        for scale in (1.0, 30.0, 1000.0):
+            emissions = torch.randn(3, 50, self.k) * scale
+            for p in self.crf.parameters():
+                nn.init.normal_(p, std=5.0)
+            mask = torch.ones(3, 50, dtype=torch.bool)
+            emissions.requires_grad_()
+            found = self.crf.log_partition(emissions, mask)
+            state = self.crf.start.double() + emissions[:, 0].double()
+            for t in range(1, 50):
+                state = (state[:, :, None] + self.crf.transitions.double()).logsumexp(1) \
+                    + emissions[:, t].double()
+            expected = (state + self.crf.end.double()).logsumexp(1)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+            found.sum().backward()
+            self.assertTrue(emissions.grad.isfinite().all())
+
+    def test_viterbi_against_enumeration_of_well_formed_paths(self):
+        found = self.crf.decode(self.emissions, self.mask)
+        for b, n in enumerate(self.LENGTHS):
+            allowed = [p for p in self.paths(b) if self.well_formed([self.tagger.tags[k] for k in p])]
+            best = max(allowed, key=lambda p: self.path_score(b, p))
+            self.assertEqual(found[b, :n].tolist(), list(best))
+
+    def well_formed(self, tags):
+        return re.fullmatch(r"(O|U|BI*L)*", "".join(tag[0] for tag in tags)) is not None
+
+    def test_decoded_tags_are_well_formed(self):
+        tagger = Tagger("ner", 3, ["X", "Y"], TINY)
+        for scale in (0.0, 1.0, 1e4):
+            mask = torch.arange(9) < torch.arange(1, 10)[:, None]
+            tags = tagger.crf.decode(torch.randn(9, 9, 9) * scale, mask)
+            for n, row in enumerate(tags.tolist(), 1):
+                row = [tagger.tags[k] for k in row[:n]]
+                self.assertTrue(self.well_formed(row), row)
+                self.assertTrue(all(a[2:] == b[2:] for a, b in zip(row, row[1:]) if a[0] in "BI"))
+
+    def test_spans_to_tags_and_back(self):
+        tagger = Tagger("ner", 3, ["X", "Y"], TINY)
+        spans = [(0, 0, "X"), (2, 4, "Y"), (5, 6, "X")]
+        tags = [tagger.tags[k] for k in tagger.tags_of(spans, 8)]
+        self.assertEqual(tags, ["U-X", "O", "B-Y", "I-Y", "L-Y", "B-X", "L-X", "O"])
+        self.assertEqual(spans_of(tags), spans)
+        nested = [(0, 1, "X"), (0, 4, "Y"), (3, 6, "X"), (6, 6, "Y")]
+        self.assertEqual(sorted(outermost(nested)), [(0, 4, "Y"), (6, 6, "Y")])
+
+
+# ------------------------------------------------------------------------ relations, coreference
+
+class RelationTest(unittest.TestCase):
+
+    def test_one_score_by_hand(self):
+        torch.manual_seed(0)
+        head = RelationHead("relations", 4, ["A", "B"], TINY)
+        x, mask = torch.randn(2, 5, 4), torch.arange(5) < torch.tensor([[3], [5]])
+        batch = replace(make_batch([Document("d", [["a"]])], Vocabulary([], [], 0, 0)),
+                        mask=mask, lengths=[3, 5])
+        scores = head.scores(x, batch)
+        self.assertEqual([tuple(s.shape) for s in scores], [(3, 3, 2), (5, 5, 2)])
+        hidden = [max(0.0, float(head.first.weight[h] @ x[1, 4] + head.first.bias[h]
+                                 + head.second.weight[h] @ x[1, 2])) for h in range(9)]
+        by_hand = sum(float(head.label.weight[1, h]) * hidden[h] for h in range(9)) \
+            + float(head.label.bias[1])
+        self.assertAlmostEqual(float(scores[1][4, 2, 1]), by_hand, places=5)
+
+    def test_loss_is_binary_cross_entropy_over_real_pairs(self):
+        tasks, vocabulary, model = tiny_model(("rel",))
+        documents = tasks[0].data["train"][:3]
+        batch = make_batch(documents, vocabulary)
+        words, outputs = model.encode(batch, ["rel"])
+        head, expected = model.heads["rel"], 0.0
+        for document, scores in zip(documents, head.scores(outputs["rel"], batch)):
+            truth = torch.zeros_like(scores)
+            for _, i, _, j, label in document.relations[0]:
+                truth[i, j, head.labels.index(label)] = 1
+            expected += nn.functional.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
+        found = head.loss(outputs["rel"], words, batch)
+        self.assertAlmostEqual(found.item(), expected.item() / 3, places=3)
+
+    def test_arguments_are_the_spans_that_end_there(self):
+        spans = [(0, 1, "P"), (3, 3, "O")]
+        relations = with_spans([(1, 3, "A"), (3, 2, "A"), (0, 1, "A")], spans)
+        self.assertEqual(relations, [(0, 1, 3, 3, "A")])
+        self.assertEqual(with_types(relations, spans), [(0, 1, 3, 3, "A", "P", "O")])
+
+
+class CorefTest(unittest.TestCase):
+
+    def parts(self, sentences, clusters, **changes):
+        torch.manual_seed(3)
+        document = Document("d", sentences, clusters=clusters)
+        settings = replace(TINY, **changes)
+        vocabulary = Vocabulary.of([document])
+        task = train.chosen_tasks(["coref"])
+        model = HMTL(task, {"coref": []}, vocabulary, settings)
+        batch = make_batch([document], vocabulary)
+        words, outputs = model.encode(batch, ["coref"])
+        return model.heads["coref"], (outputs["coref"], words, batch)
+
+    def enumerated_loss(self, head, inputs, clusters):
+        """-log of the summed probability of all ways to choose correct antecedents, span by span."""
+        kept, scores, g = head.kept_spans(*inputs)
+        spans = [(k // head.max_span, k // head.max_span + k % head.max_span) for k in kept.tolist()]
+        owner = {m: i for i, c in enumerate(clusters) for m in c}
+
+        def pair_score(i, j):
+            bucket = [0, 0, 1, 2, 3, 4, 4, 4, 5][min(i - j, 8)]
+            hidden = head.pair_span(g[i]) + head.pair_antecedent(g[j]) \
+                + head.pair_product(g[i] * g[j]) + head.pair_distance(head.distance.weight[bucket])
+            return (head.pair(hidden) + scores[i] + scores[j]).item()
+        rows = []                                           # per span: {antecedent: score}
+        for i in range(len(spans)):
+            nearest = range(max(0, i - head.n_antecedents), i)
+            rows.append({None: 0.0} | {j: pair_score(i, j) for j in nearest})
+        right = total = 0.0
+        for choice in itertools.product(*rows):
+            weight = float(np.exp(sum(row[j] for row, j in zip(rows, choice))))
+            total += weight
+            ok = True
+            for i, j in enumerate(choice):
+                gold = [a for a in rows[i] if a is not None and spans[i] in owner
+                        and owner.get(spans[a]) == owner[spans[i]]]
+                ok &= j in gold if gold else j is None
+            right += weight * ok
+        return -np.log(right / total), spans
+
+    def check(self, sentences, clusters, **changes):
+        head, inputs = self.parts(sentences, clusters, **changes)
+        expected, spans = self.enumerated_loss(head, inputs, clusters)
+        loss = head.loss(*inputs)
+        self.assertAlmostEqual(loss.item(), expected, places=4)
+        loss.backward()
+        return spans, loss.item()
+
+    SENTENCES = [["a", "b", "c"], ["d", "e"], ["a", "f"]]
+
+    def test_loss_against_enumeration(self):
+        clusters = [[(0, 0), (3, 3), (5, 5)], [(1, 1), (4, 4)]]
+        self.check(self.SENTENCES, clusters, max_span=1, spans_per_token=1.0)
+        self.check(self.SENTENCES, clusters, max_span=1, spans_per_token=1.0, antecedents=2)
+        spans, _ = self.check(self.SENTENCES, [[(0, 0), (3, 4)], [(1, 2), (4, 4)]], max_span=2)
+        self.assertEqual(len(spans), 2)
+
+    def test_blocks_of_rows_do_not_matter(self):
+        clusters = [[(0, 0), (3, 3), (5, 5)]]
+        head, inputs = self.parts(self.SENTENCES, clusters, spans_per_token=1.0)
+        whole = head.loss(*inputs).item()
+        for rows in (1, 2, 3):
+            head.ROWS = rows
+            self.assertAlmostEqual(head.loss(*inputs).item(), whole, places=5)
+
+    def test_no_cluster_one_token_and_every_gold_span_pruned(self):
+        self.check(self.SENTENCES, [])
+        spans, loss = self.check([["a"]], [])
+        self.assertEqual((spans, loss), ([(0, 0)], 0.0))
+        spans, _ = self.check(self.SENTENCES, [[(0, 2), (3, 4)]], max_span=1)    # too long to keep
+        self.check(self.SENTENCES, [[(0, 2), (3, 4)]], spans_per_token=0.01)
+
+    def test_spans_lie_within_a_sentence_in_order(self):
+        head, inputs = self.parts(self.SENTENCES, [], max_span=3, spans_per_token=2.0)
+        kept, scores, g = head.kept_spans(*inputs)
+        spans = [(k // 3, k // 3 + k % 3) for k in kept.tolist()]
+        everything = [(s, e) for a, b in [(0, 3), (3, 5), (5, 7)] for s in range(a, b)
+                      for e in range(s, min(b, s + 3))]
+        self.assertEqual(spans, everything)                       # all there are, though 14 wanted
+        words = inputs[1][inputs[2].mask]
+        x = inputs[0][inputs[2].mask]
+        start, end = spans[2]                                     # one representation by hand
+        weights = head.attention(x[start:end + 1])[:, 0].softmax(0)
+        by_hand = torch.cat([x[start], x[end], weights @ words[start:end + 1],
+                             head.span_width.weight[end - start]])
+        torch.testing.assert_close(g[2], by_hand)
+        first = head.mention_first(x[start]) + head.mention_last(x[end]) \
+            + head.mention_words(weights @ words[start:end + 1]) \
+            + head.mention_width(head.span_width.weight[end - start])
+        torch.testing.assert_close(scores[2], head.mention(first)[0])
+
+    def test_clusters_follow_the_antecedents(self):
+        head, inputs = self.parts([["a", "b", "c", "d", "e"]], [], max_span=1, spans_per_token=1.0)
+
+        def fixed(scores, g):
+            best = [0, 0, 1, 0, 2]               # column: 0 none, else antecedent + 1
+            yield 0, 0, nn.functional.one_hot(torch.tensor(best), 5).float()
+        head.antecedent_scores = fixed
+        self.assertEqual(head.decode(*inputs), [[(0, 0), (2, 2)], [(1, 1), (4, 4)]])
+
+
+# ------------------------------------------------------------------------------- the whole model
+
+class ModelTest(unittest.TestCase):
+
+    def test_alone_equals_batched_equals_overpadded(self):
+        tasks, vocabulary, model = tiny_model()
+        for task in tasks:
+            documents = task.data["train"][:1 if task.whole_documents else 4]
+            whole = make_batch(documents, vocabulary)
+            loss, gradient = loss_and_gradient(model, task.name, whole)
+            alone = [loss_and_gradient(model, task.name, make_batch([d], vocabulary))
+                     for d in documents]
+            wide = loss_and_gradient(model, task.name, overpadded(whole))
+            with self.subTest(task.name):
+                self.assertAlmostEqual(loss, np.mean([x for x, _ in alone]), places=4)
+                self.assertAlmostEqual(loss, wide[0], places=4)
+                for i, expected in enumerate(gradient):
+                    mean = torch.stack([g[i] for _, g in alone]).mean(0)
+                    torch.testing.assert_close(mean, expected, atol=2e-5, rtol=1e-4)
+                    torch.testing.assert_close(wide[1][i], expected, atol=2e-5, rtol=1e-4)
+                model.eval()
+                predictions = model.predict(whole)[task.name]
+                self.assertEqual(predictions, model.predict(overpadded(whole))[task.name])
+                if not task.whole_documents:
+                    self.assertEqual(predictions, [model.predict(make_batch([d], vocabulary))
+                                                   [task.name][0] for d in documents])
+
+    def test_padding_changes_no_word(self):
+        _, vocabulary, model = tiny_model(("ner",))
+        words = ["a", "Kellstadburg", "it", "Zor"]
+        batch = make_batch([Document("d", [words])], vocabulary)
+        for chars in (0, 1, 9):
+            torch.testing.assert_close(model.embedder(overpadded(batch, 0, chars)),
+                                       model.embedder(batch))
+
+    def test_hierarchy_from_the_table_for_all_subsets(self):
+        self.assertEqual(HIERARCHY["rel"], HIERARCHY["coref"])
+        self.assertEqual([nearest("rel", s) for s in (ALL, ("ner", "rel"), ("coref", "rel"))],
+                         ["emd", "ner", None])
+        for size in range(1, 5):
+            for names in itertools.combinations(ALL, size):
+                tasks, vocabulary, model = tiny_model(names, n=4)
+                self.assertEqual(set(model.encoders), set(names))
+                for task in tasks:
+                    loss, gradient = loss_and_gradient(
+                        model, task.name, make_batch(task.data["train"][:1], vocabulary))
+                    self.assertTrue(np.isfinite(loss))
+                    model.eval()(task.name, make_batch(task.data["dev"][:1], vocabulary))
+                    self.assertIn(task.validation_metric_name, model.get_metrics(task.name))
+                document = Document("d", [["Ada", "Kell"], [], ["left", "."]])
+                found = model.annotate(document, make_batch([document], vocabulary))
+                for task in tasks:
+                    self.assertIsNotNone(getattr(found, task.key))
+                self.assertEqual(json.loads(found.to_json())["sentences"], document.sentences)
+
+    def test_gradient_reach(self):
+        tasks, vocabulary, model = tiny_model()
+
+        def reached(name):
+            task = next(t for t in tasks if t.name == name)
+            model.zero_grad()
+            model.train()(name, make_batch(task.data["train"][:2 - task.whole_documents],
+                                           vocabulary))["loss"].backward()
+            return {key for key, part in [*model.encoders.items(), ("words", model.embedder)]
+                    if any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())}
+        self.assertEqual(reached("ner"), {"words", "ner"})
+        self.assertEqual(reached("emd"), {"words", "ner", "emd"})
+        self.assertEqual(reached("rel"), {"words", "ner", "emd", "rel"})
+        self.assertEqual(reached("coref"), {"words", "ner", "emd", "coref"})
+
+    def test_prediction_runs_every_encoder_once(self):
+        _, vocabulary, model = tiny_model()
+        calls = []
+        for name, encoder in model.encoders.items():
+            encoder.register_forward_hook(lambda *_, name=name: calls.append(name))
+        document = builtin_documents(1, np.random.default_rng(5))[0]
+        model.eval().annotate(document, make_batch([document], vocabulary))
+        self.assertEqual(sorted(calls), sorted(ALL))
+
+    def test_annotations_have_document_offsets(self):
+        tasks, vocabulary, model = tiny_model(("ner", "rel"))
+        words = [["x", "Ada"], [], ["Bo", "left"]]
+        model.heads["ner"].decode = lambda *_: [[(1, 1, "PER")], [(0, 0, "PER"), (1, 1, "ORG")]]
+        model.heads["rel"].decode = lambda *_: [[], [(0, 1, "A"), (1, 5, "A")]]
+        document = Document("d", words)
+        found = model.eval().annotate(document, make_batch([document], vocabulary))
+        self.assertEqual(found.ner, [[(1, 1, "PER")], [], [(2, 2, "PER"), (3, 3, "ORG")]])
+        self.assertEqual(found.relations, [[], [], [(2, 2, 3, 3, "A")]])
+
+    def test_metrics_are_kept_by_the_model(self):
+        tasks, vocabulary, model = tiny_model()
+        model.eval()
+        gold = tasks[2].data["dev"][:6]
+        batch = make_batch(gold, vocabulary)
+        model.heads["rel"].decode = lambda *_: [[(r[1], r[3], r[4]) for r in d.relations[0]]
+                                                for d in gold]
+        model.heads["emd"].decode = lambda *_: [d.emd[0] for d in gold]
+        model("rel", batch)
+        scores = model.get_metrics("rel", reset=True)
+        self.assertEqual([scores[k] for k in ("last-token", "boundaries", "strict")], [100.0] * 3)
+        self.assertEqual(model.get_metrics("rel"), {})
+        model.heads["emd"].decode = lambda *_: [[(s, e, "ORG") for s, e, _ in d.emd[0]] for d in gold]
+        model("rel", batch)
+        scores = model.get_metrics("rel")
+        self.assertEqual((scores["last-token"], scores["boundaries"]), (100.0, 100.0))
+        self.assertLess(scores["strict"], 60.0)
+
+    def test_rare_words_become_unknown_in_training_only(self):
+        document = Document("d", [["often", "once", "often"]])
+        vocabulary = Vocabulary.of([document], ["often", "vector"])
+        self.assertEqual(vocabulary.words, ["", "<unknown>", "often", "once", "vector"])
+        vectors = (["often", "vector"], np.array([[1, 2], [3, 4]], dtype=np.float32))
+        settings = replace(TINY, unknown=1.0)
+        model = HMTL(train.chosen_tasks(["ner"]), {"ner": []}, vocabulary, settings, vectors)
+        batch = make_batch([Document("d", [["often", "once", "new"]])], vocabulary)
+        table = model.embedder.words.weight
+        seen = [model.embedder.train(t)(batch)[0, :, :2].tolist() for t in (True, False)]
+        unknown, once = table[1].tolist(), table[3].tolist()
+        self.assertEqual(seen, [[[1, 2], unknown, unknown], [[1, 2], once, unknown]])
+        batch = make_batch([Document("d", [["vector"]])], vocabulary)
+        self.assertEqual(model.embedder.eval()(batch)[0, 0, :2].tolist(), [3, 4])
+        self.assertEqual(table.shape, (4, 2))                     # "vector" is not trained
+
+
+# --------------------------------------------------------------------------------------- scores
+
+class ScoreTest(unittest.TestCase):
+
+    def f1(self, count, predicted, gold):
+        scores = Scores(["x"])
+        scores.add("x", count(predicted, gold))
+        found = scores.compute()
+        return [round(found[k] / 100, 3) for k in ("x-precision", "x-recall", "x")]
+
+    def test_worked_examples(self):
+        # Pradhan et al. 2014, Scoring Coreference Partitions of Predicted Mentions, section 4
+        gold, found = ["abc", "defg"], ["ab", "cd", "fghi"]
+        self.assertEqual(self.f1(muc, found, gold), [0.4, 0.4, 0.4])
+        self.assertEqual(self.f1(b_cubed, found, gold), [0.5, 0.417, 0.455])
+        self.assertEqual(self.f1(ceaf_e, found, gold), [0.433, 0.65, 0.52])
+        # Bagga & Baldwin 1998 and Luo 2005: 12345 67 89ABC with two of the clusters merged
+        gold, one, two = ["12345", "67", "89ABC"], ["12345", "6789ABC"], ["1234589ABC", "67"]
+        self.assertEqual(self.f1(muc, one, gold)[:2], [0.9, 1.0])
+        self.assertEqual(self.f1(muc, two, gold)[:2], [0.9, 1.0])
+        self.assertEqual(self.f1(b_cubed, one, gold)[:2], [0.762, 1.0])
+        self.assertEqual(self.f1(b_cubed, two, gold)[:2], [0.583, 1.0])
+        self.assertEqual(self.f1(ceaf_e, one, gold)[2], 0.733)
+        self.assertEqual(self.f1(ceaf_e, two, gold)[2], 0.667)
+        # Singletons are ordinary clusters; nothing found is nothing right, and 0 / 0 is 0.
+        self.assertEqual(self.f1(b_cubed, ["a", "b"], ["ab"]), [1.0, 0.5, 0.667])
+        self.assertEqual(self.f1(muc, ["a", "b"], ["ab"]), [0.0, 0.0, 0.0])
+        for count in COREF_SCORES.values():
+            self.assertEqual(self.f1(count, [], ["ab"]), [0.0, 0.0, 0.0])
+            self.assertEqual(self.f1(count, [], []), [0.0, 0.0, 0.0])
+
+    def test_assignment_against_all_permutations(self):
+        rng = np.random.default_rng(0)
+        for _ in range(300):
+            value = rng.random(rng.integers(0, 6, 2)) * (rng.random() < 0.8)
+            value *= rng.random(value.shape) < 0.7
+            small = value if len(value) <= value.shape[1] else value.T
+            best = max(sum(small[i, j] for i, j in enumerate(p))
+                       for p in itertools.permutations(range(small.shape[1]), len(small)))
+            self.assertAlmostEqual(max_assignment(value), best, places=9)
+
+    def test_documents_add_up_before_the_division(self):
+        scores = Scores(["x"])
+        scores.add("x", count_rows([(0, 1, "A")], [(0, 1, "A"), (3, 3, "B")]))
+        scores.add("x", count_rows([(0, 1, "A"), (2, 2, "B"), (4, 4, "B")], [(0, 1, "B")]))
+        found = scores.compute()
+        self.assertAlmostEqual(found["x-precision"], 100 / 4)
+        self.assertAlmostEqual(found["x-recall"], 100 / 3)
+        self.assertAlmostEqual(found["x"], 200 / 7)
+        coref = Scores(list(COREF_SCORES), mean="mean")
+        for name, count in COREF_SCORES.items():
+            coref.add(name, count(["ab", "cd", "fghi"], ["abc", "defg"]))
+        self.assertAlmostEqual(coref.compute()["mean"], 100 * (0.4 + 5 / 11 + 0.52) / 3)
+
+    def test_spans_as_conlleval_reads_them(self):
+        for tags, spans in [("B-X I-X O B-X", [(0, 1, "X"), (3, 3, "X")]),
+                            ("I-X I-X B-X I-Y", [(0, 1, "X"), (2, 2, "X"), (3, 3, "Y")]),
+                            ("O I-X O I-X", [(1, 1, "X"), (3, 3, "X")]),
+                            ("S-X S-X B-X E-X I-X", [(0, 0, "X"), (1, 1, "X"), (2, 3, "X"),
+                                                     (4, 4, "X")]),
+                            ("U-X B-Y I-Y L-Y L-Y", [(0, 0, "X"), (1, 3, "Y"), (4, 4, "Y")])]:
+            self.assertEqual(spans_of(tags.split()), spans, tags)
+
+
+# ------------------------------------------------------------------------------------- training
+
+class TrainingTest(unittest.TestCase):
+
+    def test_sampled_frequencies_and_same_draws(self):
+        p = train.sampling_probabilities("proportional", [60, 30, 10])
+        self.assertEqual(p.tolist(), [0.6, 0.3, 0.1])
+        self.assertEqual(train.sampling_probabilities("uniform", [60, 40]).tolist(), [0.5, 0.5])
+
+        def draws(seed):
+            rng = np.random.default_rng(seed)
+            return [train.choose_task(p, rng) for _ in range(5000)]
+        self.assertEqual(draws(0), draws(0))
+        self.assertNotEqual(draws(0), draws(1))
+        counts = np.bincount(draws(0)) / 5000
+        self.assertTrue(np.allclose(counts, p, atol=0.02), counts)
+
+    def test_best_epoch_and_patience(self):
+        for scores, best, waited in [([0.0], 0, 0), ([0.0, 0.0, 0.0], 0, 0), ([1.0, 1.0], 0, 1),
+                                     ([1.0, 2.0], 1, 0), ([3.0, 1.0, 2.0], 0, 2),
+                                     ([0.0, 4.0, 3.9, 4.0], 1, 2), ([0.0, 0.0, 1.0], 2, 0)]:
+            self.assertEqual(train.best_epoch(scores), best)
+            self.assertEqual(train.epochs_waited(scores), waited)
+        self.assertEqual(train.best_epoch([3.0, 1.0, 2.0], decreases=True), 1)
+
+    def test_every_batch_of_a_pass_once_and_alike_in_length(self):
+        task = tiny_tasks(("ner",), n=50)[0]
+        names = {id(d): i for i, d in enumerate(task.data["train"])}
+        for epoch in (0, 1):
+            batches = [task.batch(13 * epoch + i, 4, 0) for i in range(task.n_batches(4))]
+            self.assertEqual(sorted(names[id(d)] for b in batches for d in b), list(range(50)))
+        self.assertNotEqual([[id(d) for d in task.batch(n, 4, 0)] for n in range(13)],
+                            [[id(d) for d in task.batch(n, 4, 0)] for n in range(13, 26)])
+        lengths = tuple(range(1, 101))
+        for batch in plan_batches(lengths, 10, (0,)):
+            chosen = [lengths[i] for i in batch]
+            self.assertLess(max(chosen) - min(chosen), 35)
+
+    def run_of(self, folder, *epochs):
+        """Trains to each number of epochs in turn, every time from what is on disk."""
+        settings = replace(TINY, dropout=0.3, unknown=0.3)
+        for i, n in enumerate(epochs):
+            tasks, vocabulary, model = tiny_model(settings=settings)
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+            if i:
+                trainer.restore(train.load(trainer.folder / "checkpoint.pt"))
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train(n)
+        trainer.results()
+        return trainer
+
+    def test_resumed_equals_uninterrupted_and_two_runs_are_equal(self):
+        with contextlib.ExitStack() as stack:
+            folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(4)]
+            one = self.run_of(folders[0], 4)
+            for folder, epochs in zip(folders[1:], [(4,), (1, 2, 3, 4), (3, 4)]):
+                other = self.run_of(folder, *epochs)
+                for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values()):
+                    self.assertTrue(torch.equal(a, b), epochs)
+                for name in ("log.jsonl", "results.json"):
+                    self.assertEqual((folder / name).read_bytes(), (folders[0] / name).read_bytes())
+                for name in ("best.pt", "best-rel.pt"):
+                    for a, b in zip(train.load(folder / name).values(),
+                                    train.load(folders[0] / name).values()):
+                        self.assertTrue(torch.equal(a, b))
+            self.assertEqual(len((folders[0] / "log.jsonl").read_text().splitlines()), 4)
+
+    def test_best_weights_are_those_of_the_best_epoch(self):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            tasks, vocabulary, model = tiny_model(("ner",))
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
+            fake = iter([10.0, 30.0, 20.0, 30.0, 5.0])
+            trainer.evaluate = lambda task, split: {"f1": next(fake)}
+            weights = []
+            for n in range(1, 6):
+                trainer.train(n)
+                weights.append(copy.deepcopy(model.state_dict()))
+            for name in ("best-ner.pt", "best.pt"):
+                found = train.load(Path(folder) / name)
+                self.assertTrue(all(torch.equal(found[k], weights[1][k]) for k in found))
+            self.assertEqual(train.epochs_waited(trainer.dev_scores(tasks[0])), 3)
+
+    def test_training_ends_when_every_task_has_waited(self):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            tasks, vocabulary, model = tiny_model(("ner", "emd"))
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, replace(TINY, patience=2),
+                                             folder)
+            scores = {"ner": [5, 4, 3, 2, 1, 0, 0], "emd": [0, 0, 1, 2, 1, 1, 1]}
+            trainer.evaluate = lambda task, split: {
+                "f1": float(scores[task.name][len(trainer.history)])}
+            trainer.train(50)
+            self.assertEqual(len(trainer.history), 6)             # emd is best in epoch 4
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            tasks, vocabulary, model = tiny_model(("ner",))
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
+            trainer.train(1)
+            nn.init.constant_(model.heads["ner"].emit.bias, float("nan"))
+            with self.assertRaisesRegex(train.NotFinite, "ner is nan at its step 4 in epoch 2"):
+                trainer.train(2)
+            self.assertEqual(len(train.load(Path(folder) / "checkpoint.pt")["history"]), 1)
+
+    def test_each_task_overfits_eight_sentences(self):
+        settings = replace(TINY, ner_encoder="1x24", emd_encoder="1x24", rel_encoder="1x24",
+                           coref_encoder="1x24", char_filters=16, word_dim=24, coref_units=24,
+                           relation_units=24, spans_per_token=1.0, lr=1e-2)
+        for name in ALL:
+            tasks, vocabulary, model = tiny_model((name,), settings, n=30)
+            task = tasks[0]
+            documents = task.data["train"]
+            if name == "coref":                                   # two documents, 10 sentences
+                documents = documents[:2]
+            else:
+                documents = [d for d in documents if getattr(d, task.key)[0]][:8]
+            size = 1 if task.whole_documents else 8
+            batches = [make_batch(documents[i:i + size], vocabulary)
+                       for i in range(0, len(documents), size)]
+            optimizer = torch.optim.Adam(model.parameters(), settings.lr)
+            for _ in range(60):
+                for batch in batches:
+                    model.zero_grad()
+                    model.train()(name, batch)["loss"].backward()
+                    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+                    optimizer.step()
+            for batch in batches:
+                model.eval()(name, batch)
+            self.assertEqual(model.get_metrics(name)[task.validation_metric_name], 100.0, name)
+
+
+# ---------------------------------------------------------------------------------- input, corpus
+
+class InputTest(unittest.TestCase):
+    GOOD = {"doc_key": "d", "sentences": [["Ada", "Kell", "left"], ["Bo"]],
+            "ner": [[[0, 1, "PER"]], [[3, 3, "PER"]]], "relations": [[[0, 1, 2, 2, "R"]], []],
+            "clusters": [[[0, 1], [3, 3]]]}
+
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = Path(self.folder.name) / "train.json"
+
+    def refused(self, pattern, call, *arguments):
+        with self.assertRaisesRegex(InputError, pattern) as caught:
+            call(*arguments)
+        self.assertNotIn("\n", str(caught.exception))
+
+    def test_a_good_document(self):
+        self.path.write_text("\n" + json.dumps(self.GOOD | {"extra": 1}) + "\n")
+        document, = read_json(self.path)
+        self.assertEqual(document.ner, [[(0, 1, "PER")], [(3, 3, "PER")]])
+        self.assertIsNone(document.emd)
+        self.assertEqual(document.clusters, [[(0, 1), (3, 3)]])
+        self.assertEqual(json.loads(document.to_json()), self.GOOD)
+        parts = list(document.single_sentences())
+        self.assertEqual(parts[1].ner, [[(0, 0, "PER")]])
+        self.assertEqual((parts[1].emd, parts[1].relations), (None, [[]]))
+
+    def test_malformed_documents(self):
+        for changes, pattern in [
+                ({"sentences": None}, "sentences as a list"), ({"sentences": [["a", 1]]}, "word"),
+                ({"sentences": [["a", " "]]}, "word"), ({"sentences": "text"}, "sentences"),
+                ({"doc_key": 3}, "doc_key"), ({"ner": [[]]}, "one list for each of the 2"),
+                ({"ner": [[[0, 3, "PER"]], []]}, "0 <= start <= end < 3"),
+                ({"ner": [[[1, 0, "PER"]], []]}, "0 <= start <= end < 3"),
+                ({"ner": [[[-1, 0, "PER"]], []]}, "start"), ({"ner": [[], [[0, 0, "P"]]]}, "3 <="),
+                ({"ner": [[[0, 1, 2]], []]}, r"\[int, int, str\]"), ({"ner": {}}, "list"),
+                ({"ner": [[[0, True, "PER"]], []]}, "int"), ({"ner": [[[0.0, 1, "P"]], []]}, "int"),
+                ({"ner": [[[0, 1]], []]}, "int"), ({"ner": [[3], []]}, "int"),
+                ({"ner": [[[0, 1, ""]], []]}, "label"), ({"ner": [3, []]}, "a list"),
+                ({"relations": [[[0, 1, 2, 4, "R"]], []]}, "start"),
+                ({"relations": [[[0, 1, "R"]], []]}, "int, int, int, int, str"),
+                ({"clusters": [[[0, 9]]]}, "0 <= start <= end < 4"), ({"clusters": 5}, "clusters"),
+                ({"clusters": [[[0, 1]], [[0, 1]]]}, "at most one cluster"),
+                ({"sentences": [["\ud800"]]}, "valid characters")]:
+            self.path.write_text(json.dumps(self.GOOD) + "\n" + json.dumps(self.GOOD | changes))
+            self.refused(f"train.json, line 2.*{pattern}", read_json, self.path)
+        for text in ['{"sentences": [', "[1, 2]", "nonsense", "[" * 100000, "1" * 5000]:
+            self.path.write_text(text)
+            self.refused("line 1: expected one JSON object", read_json, self.path)
+        self.path.write_bytes(b'{"sentences": [["\xff"]]}')
+        self.refused("UTF-8", read_json, self.path)
+
+    def test_columns(self):
+        path = self.path.with_suffix(".conll")
+        path.write_text("-DOCSTART- -X- O O\n\nAda NNP B-PER\nKell NNP I-PER\nleft VBD O\n\n\n"
+                        "New York\tB-LOC\n")
+        documents = read_columns(path, "ner")
+        self.assertEqual([d.sentences for d in documents], [[["Ada", "Kell", "left"]], [["New York"]]])
+        self.assertEqual(documents[0].ner, [[(0, 1, "PER")]])
+        for text, pattern in [("Ada B-PER\nKell X-PER", "line 2: expected a tag"),
+                              ("Ada", "line 1: expected a word and a tag"),
+                              ("Ada B-", "expected a tag"), ("\tB-PER", "a word"),
+                              ("Ada b-PER", "expected a tag")]:
+            path.write_text(text)
+            self.refused(pattern, read_columns, path, "ner")
+
+    def test_vectors(self):
+        for text, pattern in [("a 1 2\nb 1", "line 2: expected a word and 2 numbers"),
+                              ("a 1 2\nb 1 x", "line 2"), ("a 1 nan", "line 1"), ("", "a word"),
+                              ("a\n", "a word and its numbers")]:
+            self.path.write_text(text)
+            self.refused(pattern, read_vectors, self.path)
+        self.path.write_text("2 3\nThe 1 2 3\n. . 4 5 6\nthe 7 8 9\n")
+        words, vectors = read_vectors(self.path)
+        self.assertEqual((words, vectors.tolist()), (["the", ". ."], [[1, 2, 3], [4, 5, 6]]))
+
+    def test_text(self):
+        self.path.write_text("Dr. Ada Kell left the U.S. in 1998. She's (now) home! Yes\n\nThe end")
+        self.assertEqual(read_text(self.path).sentences, [
+            "Dr . Ada Kell left the U.S. in 1998 .".split(), "She 's ( now ) home !".split(),
+            ["Yes"], "The end".split()])
+        self.path.write_text(" \n")
+        self.refused("some text", read_text, self.path)
+
+    def test_folders(self):
+        task = train.chosen_tasks(["rel"])[0]
+        self.refused("train.json", task.load_data, self.folder.name)
+        for split in ("train", "dev", "test"):
+            document = {k: v for k, v in self.GOOD.items() if split == "train" or k != "relations"}
+            (self.path.parent / f"{split}.json").write_text(json.dumps(document))
+        self.refused("dev documents with the key 'relations'", task.load_data, self.folder.name)
+        self.path.write_text("")
+        self.refused("train documents", task.load_data, self.folder.name)
+        tasks = train.chosen_tasks(["ner", "rel"])
+        self.assertEqual(train.data_folders(("x", "rel=y"), tasks), {"ner": "x", "rel": "y"})
+        self.refused("one of the tasks", train.data_folders, ("foo=x",), tasks)
+        self.refused("a folder for the task rel", train.data_folders, ("ner=x",), tasks)
+
+    def test_labels_unknown_to_training_are_misses(self):
+        tasks, vocabulary, model = tiny_model(("ner", "rel"))
+        document = Document("d", [["Ada", "left"]], ner=[[(0, 0, "NEW")]],
+                            relations=[[(0, 0, 1, 1, "NEW")]])
+        for name, score in (("ner", "f1"), ("rel", "last-token")):
+            model.eval()(name, make_batch([document], vocabulary))
+            self.assertEqual(model.get_metrics(name)[f"{score}-recall"], 0.0)
+
+    def test_the_built_in_corpus_is_no_look_up(self):
+        tasks = train.chosen_tasks(ALL)
+        for task in tasks:
+            task.load_data()
+        sizes = [sum(len(d.sentences) for d in task.data["train"]) for task in tasks]
+        self.assertEqual(max(sizes), sizes[0])
+        names = {split: {" ".join(d.sentences[0][a:b + 1]): label for task in tasks[:3]
+                         for d in task.data[split] for a, b, label in d.ner[0]}
+                 for split in ("train", "test")}
+        unseen = [name for name in names["test"] if name not in names["train"]]
+        self.assertGreater(len(unseen), len(names["test"]) / 2)
+        types, pairs = {}, {}
+        for d in tasks[0].data["train"]:
+            for a, b, label in d.ner[0]:
+                types.setdefault(" ".join(d.sentences[0][a:b + 1]), set()).add(label)
+        self.assertGreater(sum(len(t) > 1 for t in types.values()), 10)
+        for d in tasks[2].data["train"]:
+            label = {(a, b): l for a, b, l in d.ner[0]}
+            related = {(r[:2], r[2:4]): r[4] for r in d.relations[0]}
+            for x, y in itertools.permutations(label, 2):
+                pairs.setdefault((label[x], label[y]), []).append(related.get((x, y)))
+        self.assertGreaterEqual(len(set(pairs["PER", "ORG"])), 3)  # two relations, and none
+        words = [" ".join(w for s in d.sentences for w in s).split() for d in tasks[3].data["train"]]
+        mentions = {" ".join(w[a:b + 1]).lower() for d, w in zip(tasks[3].data["train"], words)
+                    for c in d.clusters for a, b in c}
+        self.assertLessEqual({"he", "she", "the company", "the town"}, mentions)
+        again = builtin_documents(400, np.random.default_rng([0, 400]))
+        again = [s.sentences for d in again for s in d.single_sentences()]
+        self.assertEqual([d.sentences for d in tasks[0].data["train"]], again)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+class CommandLineTest(unittest.TestCase):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder.name)
+
+    def call(self, line, text=None):
+        """(exit status, standard output, standard error) of `python train.py LINE`."""
+        done = subprocess.run([sys.executable, str(HERE / "train.py"), *shlex.split(line)],
+                              input=text, capture_output=True, text=True)
+        self.assertNotIn("Traceback", done.stderr)
+        return done.returncode, done.stdout, done.stderr
+
+    SMALL = ("--ner-encoder 1x8 --emd-encoder 1x8 --rel-encoder 1x8 --coref-encoder 1x8 "
+             "--coref-units 8 --epochs 1")
+
+    def test_train_resume_predict(self):
+        status, out, err = self.call(f"--tasks ner emd rel coref {self.SMALL}")
+        self.assertEqual(status, 0, err)
+        for part in ("probability", "last-token", "ceaf_e", "+ right, ! wrong, - missed"):
+            self.assertIn(part, out)
+        run = Path("runs/ner-emd-rel-coref")
+        results = json.loads((run / "results.json").read_text())
+        self.assertEqual(set(results["tasks"]), set(ALL))
+        self.assertIn("mean", results["tasks"]["coref"]["one_model"]["test"])
+        self.assertEqual(len((run / "log.jsonl").read_text().splitlines()), 1)
+        status, out, err = self.call(f"--run {run} --resume --epochs 2")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(len((run / "log.jsonl").read_text().splitlines()), 2)
+        status, _, err = self.call(f"--run {run} --resume --dropout 0.1")
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("this run has 0.", err)
+        status, _, err = self.call(f"--run {run}")
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("--resume", err)
+        held = train.lock(run)
+        status, _, err = self.call(f"--run {run} --resume")
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("another process", err)
+        held.close()
+        text = "Ada Kell works for Nordex. She likes the company."
+        status, out, err = self.call(f"--run {run} --predict -", text)
+        self.assertEqual(status, 0, err)
+        words = re.sub(r"\[| [A-Z#0-9 ]*\]", "", out)
+        self.assertIn("Ada Kell works for Nordex .", words)
+        status, out, err = self.call(f"--run {run} --predict - --json", text)
+        self.assertEqual(status, 0, err)
+        Path("train.json").write_text(out)
+        document, = read_json("train.json")
+        self.assertEqual(len(document.sentences), 2)
+        for key in ("ner", "emd", "relations", "clusters"):
+            self.assertIsNotNone(getattr(document, key))
+
+    def test_runs_are_never_overwritten(self):
+        Path("runs/ner").mkdir(parents=True)
+        self.assertEqual(train.new_folder(["ner"]), Path("runs/ner-2"))
+
+    def test_bad_commands_are_one_line(self):
+        Path("broken.pt").mkdir()
+        (Path("broken.pt") / "checkpoint.pt").write_bytes(b"no checkpoint")
+        Path("short.txt").write_text("a 1 2\nb 1\n")
+        for line, part in [("--tasks foo", "invalid choice: 'foo'"), ("--data nowhere", "nowhere"),
+                           ("--resume", "--run"), ("--predict x", "--run"), ("--epochs x", "epochs"),
+                           ("--run nothing --resume", "nothing"), ("--nonsense", "--nonsense"),
+                           ("--run broken.pt --resume", "checkpoint of train.py"),
+                           ("--vectors short.txt --tasks ner", "short.txt, line 2")]:
+            output = io.StringIO()
+            with self.assertRaises(InputError, msg=line) as caught:
+                with contextlib.redirect_stdout(output):
+                    train.main(shlex.split(line))
+            self.assertIn(part, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+        self.assertFalse(Path("runs").exists())
+        status, out, err = self.call("--data nowhere")
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+
+    def test_checkpoints_run_no_code(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, ("evil",)
+        torch.save({"settings": Evil()}, "checkpoint.pt")
+        with self.assertRaises(InputError):
+            train.load(Path("checkpoint.pt"))
+        self.assertFalse(Path("evil").exists())
+
+    def test_every_command_of_the_readme_parses(self):
+        lines = re.findall(r"^ *(?:\$ )?.*python train\.py(.*?)(?:  #.*)?$",
+                           (HERE / "README.md").read_text(), re.M)
+        self.assertGreater(len(lines), 4)
+        for line in lines:
+            train.parse(shlex.split(line.split("&&")[0].split("|")[0].strip()))
+
+
+# ------------------------------------------------------------------------------------ benchmark
+
+def benchmark_tasks(rng, n_words=20_000):
+    """Tasks of random words in the paper's sizes: newswire sentence lengths, 73 NER and 29 EMD
+    tags, 6 relations, coreference documents of 500 tokens; 10 training batches of each."""
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 2 + rng.poisson(5)))
+             for _ in range(n_words)]
+    often = 1 / np.arange(10, n_words + 10)                    # word frequencies as Zipf has them
+
+    def document(lengths):
+        sentences = [rng.choice(words, n, p=often / often.sum()).tolist() for n in lengths]
+        n = sum(lengths)
+        starts = np.cumsum([0, *lengths])[:-1].tolist()
+
+        def spans(n_labels):
+            return [sorted({(s + i, s + i, f"L{rng.integers(n_labels)}")
+                            for i in rng.choice(k, max(1, k // 8), replace=False).tolist()})
+                    for s, k in zip(starts, lengths)]
+        ner = spans(18)
+        relations = [[(*a[:2], *b[:2], f"R{rng.integers(6)}") for a, b in zip(s, s[1:])] for s in ner]
+        mentions = rng.permutation(n)[:n // 5].tolist()
+        clusters = [[(m, m) for m in mentions[i:i + 4]] for i in range(0, len(mentions), 4)]
+        return Document("d", sentences, ner, spans(7), relations, clusters)
+    lengths = np.clip(rng.lognormal(3.1, 0.5, 320).astype(int), 3, 100).tolist()
+    sentences = [document([n]) for n in lengths]
+    documents = [document([25] * 20) for _ in range(10)]
+    tasks = train.chosen_tasks(ALL)
+    for task in tasks:
+        task.data = {"train": documents if task.whole_documents else sentences}
+    return tasks, [Document("all", [words, words])]
+
+
+def benchmark(rounds=6):
+    """Prints what a training step costs, as a multiple of the bare encoders of its task."""
+    from statistics import median
+    from time import process_time as clock           # CPU time: other programs do not count
+
+    settings = Settings(vectors="")
+    tasks, everything = benchmark_tasks(np.random.default_rng(0))
+    vocabulary = Vocabulary.of(everything)
+    labels = {task.name: task.labels() for task in tasks}
+    torch.manual_seed(0)
+    model = HMTL(tasks, labels, vocabulary, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{len(vocabulary.words)} words; CPU time, medians of {rounds} x 10 batches")
+    print("task   step ms   tokens/s   batch building   step / bare encoders   encoders / nn.LSTM")
+    for task in tasks:
+        path = [task.name]
+        while model.below[path[-1]]:
+            path.append(model.below[path[-1]])
+        encoders = [model.encoders[name] for name in path]
+        bare = [nn.LSTM(e.layers[0].input_size - 1, e.width // 2, len(e.layers), batch_first=True,
+                        bidirectional=True) for e in encoders]
+        rows = []
+        for n in range(10 * rounds):
+            documents = task.batch(n, settings.batch_size, 0)
+            started = clock()
+            batch = make_batch(documents, vocabulary)
+            building = clock() - started
+            inputs = [torch.randn(*batch.tokens.shape, lstm.input_size) for lstm in bare]
+            started = clock()
+            for lstm, x in zip(bare, inputs):
+                lstm(x)[0].sum().backward()
+            plain = clock() - started
+            started = clock()
+            for encoder, x in zip(encoders, inputs):
+                encoder(x, batch.mask).sum().backward()
+            exact = clock() - started
+            model.train()
+            trainer.steps[task.name] = n
+            started = clock()
+            trainer.train_step(task)
+            step = clock() - started
+            if n >= 10:                               # the first round warms up
+                rows.append((step, sum(batch.lengths) / step, building / step, step / plain,
+                             exact / plain))
+        step, speed, building, ratio, exact = (median(column) for column in zip(*rows))
+        print(f"{task.name:5s} {1000 * step:8.1f} {speed:10.0f} {building:15.1%} {ratio:18.2f} "
+              f"{exact:20.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["benchmark"]:
+        benchmark()
+    else:
+        unittest.main()
