@@ -20,7 +20,7 @@ What differs from the paper, and why:
   first hundreds of steps would go into learning that.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
-C characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept spans,
+C their characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept spans,
 A antecedents.
 """
 
@@ -77,6 +77,14 @@ def nearest(task, chosen):
 
 # --------------------------------------------------------------------------------- shared layers
 
+def keep(mask, width, p, training):
+    """What to multiply (B, T, width) values with: 0 in the padding and, in training, for a share p
+    of the values, 1 / (1 - p) for the others (dropout). The mask is drawn here because F.dropout
+    takes four times as long on a CPU."""
+    mask = mask[:, :, None].expand(-1, -1, width)
+    return mask * (torch.rand(mask.shape, device=mask.device) >= p) / (1 - p) if training else mask
+
+
 class Embedder(nn.Module):
     """Word vector and char CNN of every token, computed once for each distinct word of a batch."""
 
@@ -96,7 +104,7 @@ class Embedder(nn.Module):
         self.width = width + settings.char_filters
 
     def forward(self, batch):
-        """(B, T, D), zero on padding."""
+        """(B, T, D); anything on padding."""
         ids = batch.words
         if self.training:
             rare = (ids >= self.n_frequent) & (torch.rand_like(ids, dtype=torch.float) < self.unknown)
@@ -105,13 +113,14 @@ class Embedder(nn.Module):
         if len(self.other_words):
             others = self.other_words[(ids - self.n_trained).clamp(min=0)]
             vectors = torch.where((ids < self.n_trained)[:, None], vectors, others)
-        # A window of three around every character. After the ReLU no value is below 0, so windows
-        # around padding, set to 0, never win the maximum.
-        chars = F.pad(self.chars(batch.chars), (0, 0, 1, 1))                     # (U, C + 2, D)
-        windows = torch.cat([chars[:, :-2], chars[:, 1:-1], chars[:, 2:]], -1)   # (U, C, 3 D)
-        shapes = F.relu(self.filters(windows)) * (batch.chars > 0)[:, :, None]
-        features = torch.cat([vectors, shapes.amax(1)], -1)                      # (U, D)
-        return F.embedding(batch.tokens, features) * batch.mask[:, :, None]      # (B, T, D)
+        # Words lie in one row with a 0 between them. A window of three around every character, and
+        # the maximum over each word's windows; starting it from 0 makes it a ReLU. Without padded
+        # characters nothing can depend on the longest word, and it takes half to two thirds of the
+        # time of a padded convolution.
+        windows = batch.chars.unfold(0, 3, 1)[batch.chars[1:-1] > 0]             # (C, 3)
+        shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
+                                      lengths=batch.n_chars, initial=0.0)        # (U, D)
+        return F.embedding(batch.tokens, torch.cat([vectors, shapes], 1))        # (B, T, D)
 
 
 class Encoder(nn.Module):
@@ -143,11 +152,10 @@ class Encoder(nn.Module):
                         gate[:, -1] = float(i == 1)              # the bias
 
     def forward(self, x, mask):
-        """(B, T, D), (B, T) -> (B, T, 2 H), zero on padding."""
-        mask = mask[:, :, None].float()
+        """(B, T, D), (B, T) -> (B, T, 2 H), both zero on padding."""
         for lstm in self.layers:
-            x, _ = lstm(torch.cat([x, mask], -1))
-            x = F.dropout(x * mask, self.dropout, self.training)
+            x, _ = lstm(torch.cat([x, mask[:, :, None]], -1))
+            x = x * keep(mask, self.width, self.dropout, self.training)
         return x
 
 
@@ -356,16 +364,16 @@ class CorefHead(nn.Module):
         self.mention_last = nn.Linear(width, units, bias=False)
         self.mention_words = nn.Linear(word_width, units, bias=False)
         self.mention_width = nn.Linear(feature, units, bias=False)
-        self.mention = nn.Sequential(nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, units),
-                                     nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, 1))
+        self.mention = nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(),
+                                     nn.Linear(units, 1))
         # So does that of the antecedent scorer: [span; antecedent; their product; distance].
         span = 2 * width + word_width + feature
         self.pair_span = nn.Linear(span, units)
         self.pair_antecedent = nn.Linear(span, units, bias=False)
         self.pair_product = nn.Linear(span, units, bias=False)
         self.pair_distance = nn.Linear(feature, units, bias=False)
-        self.pair = nn.Sequential(nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, units),
-                                  nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(units, 1))
+        self.pair = nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(),
+                                  nn.Linear(units, 1))
 
     def kept_spans(self, x, words, batch):
         """Section 3 and 5 of the paper: the numbers (S,) of the kept spans, start * W + width - 1, in
@@ -489,7 +497,8 @@ class HMTL(nn.Module):
     def encode(self, batch, tasks):
         """Word vectors (B, T, D), and {task: output (B, T, 2 H)} of all encoders that the tasks
         need, each run once."""
-        words = F.dropout(self.embedder(batch), self.dropout, self.training)
+        words = self.embedder(batch)
+        words = words * keep(batch.mask, self.embedder.width, self.dropout, self.training)
         outputs = {}
 
         def run(name):

@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -428,6 +429,13 @@ class Vocabulary:
         self.n_frequent, self.n_trained = n_frequent, n_trained
         self.word_ids = {word: i for i, word in enumerate(words)}
         self.char_ids = {char: i for i, char in enumerate(chars)}
+        self.spellings = {}
+
+    def spelling(self, word):
+        """The numbers of a word's characters, and a 0."""
+        if word not in self.spellings:
+            self.spellings[word] = [*(self.char_ids.get(c, 1) for c in word[:self.LONGEST]), 0]
+        return self.spellings[word]
 
     @classmethod
     def of(cls, documents, more_words=()):
@@ -450,37 +458,34 @@ class Vocabulary:
 class Batch:
     """Documents as tensors. The sentences of all documents lie side by side, empty ones left out.
 
-    B sentences, T tokens in the longest, U distinct words, C characters in the longest word.
+    B sentences, T tokens in the longest, U distinct words, C characters in all of these.
     """
     documents: list
     lengths: list             # B sentence lengths
     words: torch.Tensor       # (U,) vocabulary numbers of the distinct words; word 0 is padding
-    chars: torch.Tensor       # (U, C) their characters, 0 is padding
+    chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and behind words
+    n_chars: torch.Tensor     # (U,) how many each has
     tokens: torch.Tensor      # (B, T) numbers of distinct words, 0 is padding
     mask: torch.Tensor        # (B, T) True on tokens, False on padding
 
     def to(self, device):
         return Batch(self.documents, self.lengths, *(x.to(device, non_blocking=True) for x in
-                     (self.words, self.chars, self.tokens, self.mask)))
+                     (self.words, self.chars, self.n_chars, self.tokens, self.mask)))
 
 
 def make_batch(documents, vocabulary):
     sentences = [words for d in documents for words in d.sentences if words]
     distinct = {"": 0}
     rows = [[distinct.setdefault(word, len(distinct)) for word in words] for words in sentences]
-    chars = [[vocabulary.char_ids.get(c, 1) for c in word[:vocabulary.LONGEST]] for word in distinct]
-    tokens = torch.from_numpy(padded(rows))
+    tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for line, row in zip(tokens, rows):
+        line[:len(row)] = row
+    spellings = [vocabulary.spelling(word) for word in distinct]
     return Batch(documents, [len(row) for row in rows],
                  torch.tensor([vocabulary.word_ids.get(word.lower(), 1) for word in distinct]),
-                 torch.from_numpy(padded(chars)), tokens, tokens > 0)
-
-
-def padded(rows):
-    """Lists of numbers as one array, zeros behind the shorter ones."""
-    array = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.int64)
-    for line, row in zip(array, rows):
-        line[:len(row)] = row
-    return array
+                 torch.tensor([0, *chain.from_iterable(spellings)]),
+                 torch.tensor([len(spelling) - 1 for spelling in spellings]),
+                 torch.from_numpy(tokens), torch.from_numpy(tokens > 0))
 
 
 def read_vectors(path):

@@ -56,11 +56,10 @@ def tiny_model(names=ALL, settings=TINY, n=12):
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings)
 
 
-def overpadded(batch, tokens=5, chars=4):
-    """The same batch with more padding behind every sentence and every word."""
+def overpadded(batch, tokens=5):
+    """The same batch with more padding behind every sentence."""
     return replace(batch, tokens=nn.functional.pad(batch.tokens, (0, tokens)),
-                   mask=nn.functional.pad(batch.mask, (0, tokens)),
-                   chars=nn.functional.pad(batch.chars, (0, chars)))
+                   mask=nn.functional.pad(batch.mask, (0, tokens)))
 
 
 def loss_and_gradient(model, name, batch):
@@ -361,13 +360,17 @@ class ModelTest(unittest.TestCase):
                     self.assertEqual(predictions, [model.predict(make_batch([d], vocabulary))
                                                    [task.name][0] for d in documents])
 
-    def test_padding_changes_no_word(self):
+    def test_character_features_equal_a_convolution_word_by_word(self):
         _, vocabulary, model = tiny_model(("ner",))
-        words = ["a", "Kellstadburg", "it", "Zor"]
+        words, embedder = ["a", "Kellstadburg", "it", "Zor", "Ad"], model.embedder
         batch = make_batch([Document("d", [words])], vocabulary)
-        for chars in (0, 1, 9):
-            torch.testing.assert_close(model.embedder(overpadded(batch, 0, chars)),
-                                       model.embedder(batch))
+        found = embedder(batch)[0, :, -TINY.char_filters:]
+        weight = embedder.filters.weight.view(-1, 3, TINY.char_dim).transpose(1, 2)
+        for word, features in zip(words, found):
+            ids = torch.tensor([vocabulary.char_ids.get(c, 1) for c in word])
+            expected = nn.functional.conv1d(embedder.chars(ids).T[None], weight,
+                                            embedder.filters.bias, padding=1).relu().amax(2)[0]
+            torch.testing.assert_close(features, expected)
 
     def test_hierarchy_from_the_table_for_all_subsets(self):
         self.assertEqual(HIERARCHY["rel"], HIERARCHY["coref"])
@@ -912,7 +915,12 @@ def benchmark_tasks(rng, n_words=20_000):
         return Document("d", sentences, ner, spans(7), relations, clusters)
     lengths = np.clip(rng.lognormal(3.1, 0.5, 320).astype(int), 3, 100).tolist()
     sentences = [document([n]) for n in lengths]
-    documents = [document([25] * 20) for _ in range(10)]
+
+    def of_500(lengths):                                  # as many sentences as make 500 tokens
+        ends = np.cumsum(lengths)
+        n = int((ends < 500).sum())
+        return [*lengths[:n], 500 - int(ends[n - 1])]
+    documents = [document(of_500(lengths[30 * i:])) for i in range(10)]
     tasks = train.chosen_tasks(ALL)
     for task in tasks:
         task.data = {"train": documents if task.whole_documents else sentences}
@@ -953,6 +961,7 @@ def benchmark(rounds=6):
             for lstm, x in zip(bare, inputs):
                 lstm(x)[0].sum().backward()
             plain = clock() - started
+            model.eval()                                  # no dropout there either
             started = clock()
             for encoder, x in zip(encoders, inputs):
                 encoder(x, batch.mask).sum().backward()
