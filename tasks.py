@@ -51,17 +51,25 @@ class Document:
     relations: list | None = None
     clusters: list | None = None
 
-    def single_sentences(self):
-        """This document as one document per sentence that has words, offsets from 0."""
-        start = 0
-        for i, words in enumerate(self.sentences):
-            def shifted(rows):
-                return rows and [[tuple(x if isinstance(x, str) else x - start for x in row)
-                                  for row in rows[i]]]
-            if words:
-                yield Document(self.key, [words], shifted(self.ner), shifted(self.emd),
-                               shifted(self.relations))
-            start += len(words)
+    def parts(self, max_tokens):
+        """Cuts the document between sentences into documents of at most max_tokens each (a longer
+        sentence stays whole), with offsets of their own; empty sentences are left out."""
+        first, start, size = 0, 0, 0
+        for i, n in enumerate([*map(len, self.sentences), math.inf]):
+            if size and size + n > max_tokens:
+                yield self.part([k for k in range(first, i) if self.sentences[k]], start, size)
+                first, start, size = i, start + size, 0
+            size += n
+
+    def part(self, kept, start, size):
+        def shift(row):
+            return tuple(x if isinstance(x, str) else x - start for x in row)
+        lists = [rows and [list(map(shift, rows[k])) for k in kept]
+                 for rows in (self.ner, self.emd, self.relations)]
+        clusters = self.clusters and [[shift(m) for m in cluster if start <= m[0] < start + size]
+                                      for cluster in self.clusters]
+        clusters = clusters and [cluster for cluster in clusters if len(cluster) > 1]
+        return Document(self.key, [self.sentences[k] for k in kept], *lists, clusters)
 
     def to_json(self):
         """The document as one line of the JSON format that `read_json` reads."""
@@ -347,10 +355,11 @@ class Task:
     builtin_size: int = 0                         # training documents in the built-in corpus
     data: dict = field(default_factory=dict)      # "train", "dev", "test" -> documents
 
-    def load_data(self, folder=None):
+    def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them where there is none.
 
-        Keeps the documents that carry this task's annotation. Raises InputError.
+        Keeps the documents that carry this task's annotation; cuts training documents longer than
+        max_tokens. Raises InputError.
         """
         for seed, (split, size) in enumerate([("train", self.builtin_size), ("dev", 60),
                                               ("test", 100)]):
@@ -360,9 +369,8 @@ class Task:
             else:
                 documents = read_split(folder, split, self.key)
             documents = [d for d in documents if getattr(d, self.key) is not None]
-            if not self.whole_documents:
-                documents = [s for d in documents for s in d.single_sentences()]
-            self.data[split] = [d for d in documents if any(d.sentences)]
+            size = 1 if not self.whole_documents else max_tokens if split == "train" else sys.maxsize
+            self.data[split] = [part for d in documents for part in d.parts(size)]
             if not self.data[split]:
                 raise InputError(f"{folder}: expected {split} documents with the key "
                                  f"'{self.key}' for the task {self.name}, found none")

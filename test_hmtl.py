@@ -43,7 +43,7 @@ def tiny_tasks(names=ALL, n=12):
     tasks = train.chosen_tasks(names)
     for seed, task in enumerate(tasks):
         task.data = {split: [s for d in builtin_documents(n, np.random.default_rng([seed, i]))
-                             for s in ([d] if task.whole_documents else d.single_sentences())][:n]
+                             for s in d.parts(sys.maxsize if task.whole_documents else 1)][:n]
                      for i, split in enumerate(("train", "dev", "test"))}
     return tasks
 
@@ -679,7 +679,7 @@ class InputTest(unittest.TestCase):
         self.assertIsNone(document.emd)
         self.assertEqual(document.clusters, [[(0, 1), (3, 3)]])
         self.assertEqual(json.loads(document.to_json()), self.GOOD)
-        parts = list(document.single_sentences())
+        parts = list(document.parts(1))
         self.assertEqual(parts[1].ner, [[(0, 0, "PER")]])
         self.assertEqual((parts[1].emd, parts[1].relations), (None, [[]]))
 
@@ -789,7 +789,7 @@ class InputTest(unittest.TestCase):
                     for c in d.clusters for a, b in c}
         self.assertLessEqual({"he", "she", "the company", "the town"}, mentions)
         again = builtin_documents(400, np.random.default_rng([0, 400]))
-        again = [s.sentences for d in again for s in d.single_sentences()]
+        again = [s.sentences for d in again for s in d.parts(1)]
         self.assertEqual([d.sentences for d in tasks[0].data["train"]], again)
 
 
