@@ -27,6 +27,7 @@ A antecedents.
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -54,11 +55,14 @@ class Settings:
     max_span: int = 8                  # tokens in a coreference span
     spans_per_token: float = 0.4       # coreference spans that are kept
     antecedents: int = 70              # nearest kept spans that are scored
+    max_tokens: int = 4000             # longer training documents of coreference are cut
+    sharing: str = "hierarchical"      # or flat, inverted, latent: see `layout`
     # training
     batch_size: int = 32               # sentences; coreference takes one document
     lr: float = 1e-3
     clip: float = 5.0                  # largest gradient norm
-    schedule: str = "proportional"     # or uniform
+    schedule: str = "proportional"     # or uniform, successive: see train.plan_epoch
+    successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
     epochs: int = 60
     patience: int = 10                 # epochs without improvement until a task may end
     lr_patience: int = 4               # epochs without improvement until its rate is halved
@@ -66,13 +70,29 @@ class Settings:
     device: str = ""
 
 
-# task -> the tasks whose encoders feed its encoder, nearest first
+# task -> the tasks below it, the nearest first; those not chosen are skipped
 HIERARCHY = {"ner": [], "emd": ["ner"], "rel": ["emd", "ner"], "coref": ["emd", "ner"]}
 
 
-def nearest(task, chosen):
-    """The chosen task right below in the hierarchy, or None: tasks not chosen are skipped."""
-    return next((below for below in HIERARCHY[task] if below in chosen), None)
+def layout(sharing, tasks):
+    """Which encoders feed each task's encoder, and which its head reads: two {task: [tasks]}.
+
+    hierarchical  the tree of the paper; a head reads the encoder of its task
+    inverted      the same tree upside down: complex tasks at the bottom
+    flat          one stack of all encoders, whose top every head reads
+    latent        the tree, but a head reads a learned mixture of all encoders, after the idea of
+                  Ruder et al. 2017, "Latent multi-task architecture learning"
+    """
+    below = {task: [t for t in HIERARCHY[task] if t in tasks][:1] for task in tasks}
+    reads = {task: [task] for task in tasks}
+    if sharing == "inverted":
+        below = {task: [t for t in tasks if task in below[t]] for task in tasks}
+    elif sharing == "flat":
+        below = {task: [t] if t else [] for t, task in zip([None, *tasks], tasks)}
+        reads = {task: [[*tasks][-1]] for task in tasks}
+    elif sharing == "latent":
+        reads = {task: [*tasks] for task in tasks}
+    return below, reads
 
 
 # --------------------------------------------------------------------------------- shared layers
@@ -100,7 +120,7 @@ class Embedder(nn.Module):
         self.register_buffer("other_words", table[self.n_trained:].clone())
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        self.unknown = settings.unknown
+        self.unknown, self.dropout = settings.unknown, settings.dropout
         self.width = width + settings.char_filters
 
     def forward(self, batch):
@@ -474,42 +494,51 @@ class HMTL(nn.Module):
         (words, array) of `read_vectors` or None."""
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
+        self.below, self.reads = layout(settings.sharing, self.tasks)
         self.embedder = Embedder(vocabulary, settings, vectors)
-        self.dropout = settings.dropout
-        self.below = {name: nearest(name, self.tasks) for name in self.tasks}
         self.encoders, self.heads = nn.ModuleDict(), nn.ModuleDict()
+
+        def add_encoder(name):
+            if name not in self.encoders:
+                width = self.embedder.width + sum(add_encoder(t).width for t in self.below[name])
+                shape = getattr(settings, f"{name}_encoder")
+                self.encoders[name] = Encoder(width, shape, settings.dropout)
+            return self.encoders[name]
         for name, task in self.tasks.items():
-            width = self.embedder.width
-            if self.below[name]:
-                width += self.encoders[self.below[name]].width
-            encoder = Encoder(width, getattr(settings, f"{name}_encoder"), settings.dropout)
-            self.encoders[name] = encoder
+            width = max([add_encoder(t).width for t in self.reads[name]])
             if name == "coref":
-                self.heads[name] = CorefHead(task.key, encoder.width, self.embedder.width, settings)
+                self.heads[name] = CorefHead(task.key, width, self.embedder.width, settings)
             else:
                 head = RelationHead if name == "rel" else Tagger
-                self.heads[name] = head(task.key, encoder.width, labels[name], settings)
+                self.heads[name] = head(task.key, width, labels[name], settings)
+        self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads)) for name, reads
+                                          in self.reads.items() if len(reads) > 1})
         # The tagger that gives relations their spans.
         self.tagger = next((name for name in ("emd", "ner") if name in self.tasks), None)
         self.metrics = {name: Scores(self.heads[name].names, "mean" if name == "coref" else None)
                         for name in self.tasks}
 
     def encode(self, batch, tasks):
-        """Word vectors (B, T, D), and {task: output (B, T, 2 H)} of all encoders that the tasks
-        need, each run once."""
+        """Word vectors (B, T, D), and {task: what its head reads, (B, T, 2 H)}. Every encoder that
+        the tasks need runs once."""
         words = self.embedder(batch)
-        words = words * keep(batch.mask, self.embedder.width, self.dropout, self.training)
+        words = words * keep(batch.mask, self.embedder.width, self.embedder.dropout, self.training)
         outputs = {}
 
         def run(name):
             if name not in outputs:
-                below = self.below[name]
-                x = torch.cat([words, run(below)], -1) if below else words
+                x = torch.cat([words, *map(run, self.below[name])], 2)
                 outputs[name] = self.encoders[name](x, batch.mask)
             return outputs[name]
-        for name in tasks:
-            run(name)
-        return words, outputs
+
+        def read(name):
+            read = [run(t) for t in self.reads[name]]
+            if len(read) == 1:
+                return read[0]
+            width = max(x.shape[2] for x in read)              # the narrow ones end in zeros
+            return sum(weight * F.pad(x, (0, width - x.shape[2]))
+                       for weight, x in zip(self.mixtures[name].softmax(0), read))
+        return words, {name: read(name) for name in tasks}
 
     def forward(self, task_name, batch):
         """{"loss": scalar} in training. In evaluation {"predictions": list}, one entry a sentence
@@ -554,10 +583,13 @@ class HMTL(nn.Module):
 
     def get_metrics(self, task_name, reset=False):
         """{score name: percent} of everything that `forward` evaluated since the last reset."""
-        scores = self.metrics[task_name].compute()
+        metric = self.metrics[task_name]
+        sums = metric.sums.to(next(self.parameters()).device)
+        if dist.is_initialized():                               # every process saw its share
+            dist.all_reduce(sums)
         if reset:
-            self.metrics[task_name].reset()
-        return scores
+            metric.reset()
+        return metric.compute(sums.cpu())
 
     def annotate(self, document, batch):
         """The document with everything that the model predicts, offsets from its start."""

@@ -447,7 +447,9 @@ class Vocabulary:
 
     @classmethod
     def of(cls, documents, more_words=()):
-        words = Counter(w for d in documents for s in d.sentences for w in s)
+        # A sentence that several tasks train on counts once: else no word would be seen once.
+        sentences = {tuple(words) for d in documents for words in d.sentences}
+        words = Counter(chain.from_iterable(sentences))
         lower = Counter()
         for word, count in words.items():
             lower[word.lower()] += count
@@ -534,10 +536,10 @@ class Scores:
     def add(self, name, counts):
         self.sums[self.names.index(name)] += torch.tensor([*counts, 1], dtype=torch.float64)
 
-    def compute(self):
+    def compute(self, sums=None):
         """{name: F1, name-precision, name-recall}, of the names that were added; 0 / 0 = 0."""
-        scores = {}
-        for name, (hit_p, predicted, hit_g, gold, times) in zip(self.names, self.sums.tolist()):
+        scores, sums = {}, self.sums if sums is None else sums
+        for name, (hit_p, predicted, hit_g, gold, times) in zip(self.names, sums.tolist()):
             if times:
                 p, r = 100 * hit_p / (predicted or 1), 100 * hit_g / (gold or 1)
                 scores |= {name: 2 * p * r / (p + r or 1), f"{name}-precision": p,

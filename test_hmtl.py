@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import train
-from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, RelationHead, Settings, Tagger, nearest,
+from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, RelationHead, Settings, Tagger, layout,
                   outermost, with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed, builtin_documents,
                    ceaf_e, count_rows, make_batch, max_assignment, muc, plan_batches, read_columns,
@@ -374,8 +374,8 @@ class ModelTest(unittest.TestCase):
 
     def test_hierarchy_from_the_table_for_all_subsets(self):
         self.assertEqual(HIERARCHY["rel"], HIERARCHY["coref"])
-        self.assertEqual([nearest("rel", s) for s in (ALL, ("ner", "rel"), ("coref", "rel"))],
-                         ["emd", "ner", None])
+        self.assertEqual([layout("hierarchical", s)[0]["rel"] for s in
+                          (ALL, ("ner", "rel"), ("rel", "coref"))], [["emd"], ["ner"], []])
         for size in range(1, 5):
             for names in itertools.combinations(ALL, size):
                 tasks, vocabulary, model = tiny_model(names, n=4)
@@ -402,10 +402,36 @@ class ModelTest(unittest.TestCase):
                                            vocabulary))["loss"].backward()
             return {key for key, part in [*model.encoders.items(), ("words", model.embedder)]
                     if any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())}
-        self.assertEqual(reached("ner"), {"words", "ner"})
-        self.assertEqual(reached("emd"), {"words", "ner", "emd"})
-        self.assertEqual(reached("rel"), {"words", "ner", "emd", "rel"})
-        self.assertEqual(reached("coref"), {"words", "ner", "emd", "coref"})
+        for sharing, expected in [
+                ("hierarchical", [{"ner"}, {"ner", "emd"}, {"ner", "emd", "rel"},
+                                  {"ner", "emd", "coref"}]),
+                ("inverted", [set(ALL), {"emd", "rel", "coref"}, {"rel"}, {"coref"}]),
+                ("flat", [set(ALL)] * 4), ("latent", [set(ALL)] * 4)]:
+            tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing=sharing))
+            for name, encoders in zip(ALL, expected):
+                self.assertEqual(reached(name), {"words", *encoders}, sharing)
+
+    def test_every_sharing_for_all_subsets(self):
+        for size in range(1, 5):
+            for names in itertools.combinations(ALL, size):
+                for sharing in ("flat", "inverted", "latent"):
+                    tasks, vocabulary, model = tiny_model(names, replace(TINY, sharing=sharing), n=2)
+                    self.assertEqual(set(model.encoders), set(names))
+                    for task in tasks:
+                        batch = make_batch(task.data["train"][:1], vocabulary)
+                        self.assertTrue(model.train()(task.name, batch)["loss"].isfinite())
+
+    def test_latent_mixture_with_one_weight_at_one_is_that_encoder(self):
+        tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing="latent"))
+        batch = make_batch(tasks[0].data["train"][:2], vocabulary)
+        direct = tiny_model()[2]                                   # the same, without mixtures
+        direct.encoders, direct.embedder = model.encoders, model.embedder
+        for i, name in enumerate(ALL):
+            model.mixtures["rel"].data = torch.tensor([-1e9] * i + [1e9] + [-1e9] * (3 - i))
+            mixed, plain = model.encode(batch, ["rel"])[1]["rel"], direct.encode(batch, [name])[1][name]
+            width = plain.shape[2]
+            torch.testing.assert_close(mixed[:, :, :width], plain)
+            self.assertEqual(float(mixed[:, :, width:].abs().sum()), 0.0)
 
     def test_prediction_runs_every_encoder_once(self):
         _, vocabulary, model = tiny_model()
@@ -446,7 +472,7 @@ class ModelTest(unittest.TestCase):
 
     def test_rare_words_become_unknown_in_training_only(self):
         document = Document("d", [["often", "once", "often"]])
-        vocabulary = Vocabulary.of([document], ["often", "vector"])
+        vocabulary = Vocabulary.of([document, document], ["often", "vector"])
         self.assertEqual(vocabulary.words, ["", "<unknown>", "often", "once", "vector"])
         vectors = (["often", "vector"], np.array([[1, 2], [3, 4]], dtype=np.float32))
         settings = replace(TINY, unknown=1.0)
@@ -946,7 +972,7 @@ def benchmark(rounds=6):
     for task in tasks:
         path = [task.name]
         while model.below[path[-1]]:
-            path.append(model.below[path[-1]])
+            path += model.below[path[-1]]
         encoders = [model.encoders[name] for name in path]
         bare = [nn.LSTM(e.layers[0].input_size - 1, e.width // 2, len(e.layers), batch_first=True,
                         bidirectional=True) for e in encoders]

@@ -28,9 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from hmtl import HMTL, Settings
-from tasks import (Document, InputError, Vocabulary, make_batch, read_text, read_vectors,
+from hmtl import HMTL, Settings, outermost
+from tasks import (InputError, Vocabulary, make_batch, read_text, read_vectors,
                    tasks_in_order)
 
 
@@ -38,13 +40,27 @@ from tasks import (Document, InputError, Vocabulary, make_batch, read_text, read
 
 def sampling_probabilities(schedule, n_batches):
     """Probability of each task; n_batches: training batches of each."""
-    shares = np.array(n_batches if schedule == "proportional" else [1] * len(n_batches), float)
+    shares = np.array([1] * len(n_batches) if schedule == "uniform" else n_batches, float)
     return shares / shares.sum()
 
 
 def choose_task(sampling_prob, rng):
     """The number of the task to train next: one multinomial draw from a numpy generator."""
     return int(np.argmax(rng.multinomial(1, sampling_prob)))
+
+
+def plan_epoch(schedule, n_batches, rng):
+    """The number of the task of every step of an epoch: as many steps as there are batches in all.
+
+    proportional  drawn in proportion to the tasks' batches (the paper)
+    uniform       drawn evenly
+    successive    one task after the other, the lowest first (Hashimoto et al. 2017); the trainer
+                  then holds the shared parameters near their values at the end of the task before
+    """
+    if schedule == "successive":
+        return [task for task, n in enumerate(n_batches) for _ in range(n)]
+    sampling_prob = sampling_probabilities(schedule, n_batches)
+    return [choose_task(sampling_prob, rng) for _ in range(sum(n_batches))]
 
 
 # --------------------------------------------------------------------------------- when to stop
@@ -69,12 +85,21 @@ class NotFinite(Exception):
 
 
 class MultiTaskTrainer:
-    """Trains an HMTL model on several tasks, and keeps the run in a folder."""
+    """Trains an HMTL model on several tasks, and keeps the run in a folder.
+
+    Under torchrun every process draws the same task and takes its share of the batch; the first
+    one writes.
+    """
 
     def __init__(self, model, tasks, vocabulary, settings, folder):
         self.model, self.tasks, self.vocabulary = model, tasks, vocabulary
         self.settings, self.folder = settings, Path(folder)
         self.device = next(model.parameters()).device
+        self.rank, self.n_processes = 0, 1
+        self.parallel = model
+        if dist.is_initialized():
+            self.rank, self.n_processes = dist.get_rank(), dist.get_world_size()
+            self.parallel = DistributedDataParallel(model, find_unused_parameters=True)
         # One optimizer per task, each over the whole model: Adam divides by the size of a task's
         # own gradients, so the scale of its loss does not matter.
         self.optimizers = {task.name: torch.optim.Adam(model.parameters(), settings.lr, fused=True)
@@ -82,6 +107,8 @@ class MultiTaskTrainer:
         self.schedules = {task.name: torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizers[task.name], "min" if task.validation_metric_decreases else "max",
             factor=0.5, patience=settings.lr_patience) for task in tasks}
+        self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
+        self.before = None            # values of the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
         self.history = []             # per epoch: {"epoch", "loss", "dev", ...}; log.jsonl's lines
 
@@ -97,37 +124,58 @@ class MultiTaskTrainer:
             for task in self.tasks:
                 if any(self.dev_scores(task)):       # a task that has not taken off keeps its rate
                     self.schedules[task.name].step(self.dev_scores(task)[-1])
-            self.save()
+            if self.rank == 0:
+                self.save()
             self.print_epoch(time.time() - started)
 
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns the mean loss of each task."""
         settings = self.settings
         rng = np.random.default_rng([settings.seed, epoch])
-        torch.manual_seed(int(rng.integers(2 ** 63)))
+        torch.manual_seed(int(rng.integers(2 ** 63)) + self.rank)
         n_batches = [task.n_batches(settings.batch_size) for task in self.tasks]
-        sampling_prob = sampling_probabilities(settings.schedule, n_batches)
+        plan = plan_epoch(settings.schedule, n_batches, rng)
         losses = {task.name: [] for task in self.tasks}
         self.model.train()
-        for step in range(sum(n_batches)):
-            task = self.tasks[choose_task(sampling_prob, rng)]
+        for step, number in enumerate(plan):
+            if settings.schedule == "successive" and (step == 0 or number != plan[step - 1]):
+                self.before = [p.detach().clone() for p in self.shared]
+            task = self.tasks[number]
             losses[task.name].append(self.train_step(task))
-            if step % 20 == 0 or step == sum(n_batches) - 1:
+            if step % 20 == 0 or step == len(plan) - 1:
                 self.check(losses, epoch)
-                progress(f"epoch {epoch + 1}: step {step + 1} of {sum(n_batches)}")
-        return {name: float(torch.stack(x).mean()) if x else None for name, x in losses.items()}
+                progress(f"epoch {epoch + 1}: step {step + 1} of {len(plan)}")
+        means = torch.tensor([torch.stack(x).mean() if x else 0.0 for x in losses.values()])
+        if self.n_processes > 1:
+            means = means.to(self.device)
+            dist.all_reduce(means)
+        return dict(zip(losses, (means / self.n_processes).tolist()))
 
     def train_step(self, task):
         """One step on the task's next batch; the loss, as a tensor."""
         documents = task.batch(self.steps[task.name], self.settings.batch_size, self.settings.seed)
         self.steps[task.name] += 1
-        batch = make_batch(documents, self.vocabulary).to(self.device)
-        loss = self.model(task.name, batch)["loss"]
+        # Gradients are averaged over processes: each weighs its loss with its share of the batch,
+        # 0 where there were fewer documents than processes.
+        mine = documents[self.rank::self.n_processes]
+        weight = len(mine) * self.n_processes / len(documents)
+        batch = make_batch(mine or documents[:1], self.vocabulary).to(self.device)
+        loss = self.parallel(task.name, batch)["loss"] * weight
         self.model.zero_grad()
         loss.backward()
+        if self.before is not None:
+            self.hold_back()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizers[task.name].step()
         return loss.detach()
+
+    def hold_back(self):
+        """Successive regularization (Hashimoto et al. 2017, section 3): adds the gradient of
+        delta * |shared parameters - their values after the task before|^2."""
+        for parameter, before in zip(self.shared, self.before):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - before,
+                                    alpha=2 * self.settings.successive_delta)
 
     def check(self, losses, epoch):
         """Stops the run where a loss is not finite; not at every step, as a GPU would wait for it."""
@@ -143,6 +191,7 @@ class MultiTaskTrainer:
         """The scores of one task on its dev or test documents."""
         self.model.eval()
         documents = sorted(task.data[split], key=lambda d: sum(map(len, d.sentences)))
+        documents = documents[self.rank::self.n_processes]
         size = 1 if task.whole_documents else self.settings.batch_size
         for i in range(0, len(documents), size):
             batch = make_batch(documents[i:i + size], self.vocabulary).to(self.device)
@@ -202,25 +251,33 @@ class MultiTaskTrainer:
             self.optimizers[name].load_state_dict(checkpoint["optimizers"][name])
             self.schedules[name].load_state_dict(checkpoint["schedules"][name])
         self.steps, self.history = checkpoint["steps"], checkpoint["history"]
-        self.write_log()
+        if self.rank == 0:
+            self.write_log()
 
     def results(self):
         """Final dev and test scores: each task from its own best weights, as in the paper, and all
         from the one model with the best mean, whose weights stay loaded. Written to results.json."""
         results = {"settings": asdict(self.settings), "tasks": {}}
+        if self.n_processes > 1:
+            dist.barrier()                           # the first process has written the weights
         for task in self.tasks:
             self.load_weights(f"best-{task.name}.pt")
             scores = self.dev_scores(task)
+            best = best_epoch(scores, task.validation_metric_decreases)
             results["tasks"][task.name] = {
-                "best_epoch": best_epoch(scores, task.validation_metric_decreases) + 1,
                 "steps": self.steps[task.name],
+                "passes": self.steps[task.name] / task.n_batches(self.settings.batch_size),
+                "best_epoch": best + 1, "best_dev": scores[best], "last_dev": scores[-1],
                 "own_best": {s: self.evaluate(task, s) for s in ("dev", "test")}}
         self.load_weights("best.pt")
         results["one_model_epoch"] = best_epoch(self.mean_scores()) + 1
         for task in self.tasks:
             results["tasks"][task.name]["one_model"] = {s: self.evaluate(task, s)
                                                         for s in ("dev", "test")}
-        write(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
+        results["mixtures"] = {name: dict(zip(self.model.reads[name], weights.softmax(0).tolist()))
+                               for name, weights in self.model.mixtures.items()}
+        if self.rank == 0:
+            write(self.folder / "results.json", json.dumps(results, indent=1) + "\n")
         return results
 
     def load_weights(self, name):
@@ -237,22 +294,46 @@ def progress(text):
 
 def print_tasks(tasks, settings):
     n_batches = [task.n_batches(settings.batch_size) for task in tasks]
-    print("task    train    dev   test         batches  probability")
+    print("task    train    dev   test             batches   share of steps")
     for task, n, p in zip(tasks, n_batches, sampling_probabilities(settings.schedule, n_batches)):
         sizes = "".join(f"{len(task.data[s]):7d}" for s in ("train", "dev", "test"))
         unit = "documents" if task.whole_documents else "sentences"
-        print(f"{task.name:5s} {sizes} {unit} {n:5d}  {p:.3f}")
+        print(f"{task.name:5s} {sizes}  {unit} {n:9d} {p:16.3f}")
+    for task in tasks:
+        rows = [row for d in task.data["train"] for row in [*getattr(d, task.key)]]
+        if task.key in ("ner", "emd"):
+            left = sum(len(spans) - len(outermost(spans)) for spans in rows)
+            reason = "overlap a longer one"
+        elif task.key == "clusters":
+            left = sum(end - start >= settings.max_span for cluster in rows for start, end in cluster)
+            reason = f"have more than --max-span {settings.max_span} words"
+        if task.key != "relations" and left:
+            print(f"{task.name}: {left} of {sum(map(len, rows))} training spans {reason}: not learned")
 
 
-def print_results(results):
-    print(f"\ntest scores in percent: of each task's own best weights, and of the one model with the "
+def print_results(results, tasks, history):
+    print(f"\nF1 on test in percent: of each task's own best weights, and of the one model with the "
           f"best mean on dev (epoch {results['one_model_epoch']})\n")
-    print("task   score        own best  one model   dev (own best)   best epoch")
+    print("task   score        own best   one model   own best on dev")
     for name, task in results["tasks"].items():
         for score in [s for s in task["own_best"]["test"] if not s.endswith(("recall", "precision"))]:
             print(f"{name:6s} {score:11s} {task['own_best']['test'][score]:9.2f}  "
-                  f"{task['one_model']['test'][score]:9.2f}   "
-                  f"{task['own_best']['dev'][score]:14.2f}   {task['best_epoch']:10d}")
+                  f"{task['one_model']['test'][score]:10.2f}  {task['own_best']['dev'][score]:16.2f}")
+    print("\ntask     steps  passes over   best    dev then   dev at   dev scores, an epoch each\n"
+          "                 its data   epoch               the end")
+    for task in tasks:
+        row = results["tasks"][task.name]
+        scores = [h["dev"][task.name][task.validation_metric_name] for h in history]
+        print(f"{task.name:5s} {row['steps']:8d} {row['passes']:12.1f} {row['best_epoch']:6d} "
+              f"{row['best_dev']:11.2f} {row['last_dev']:8.2f}   {sparkline(scores)}")
+    for name, weights in results["mixtures"].items():
+        print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
+
+
+def sparkline(values, width=60):
+    """Values in 0 to 100 as a row of blocks, at most width of them."""
+    step = max(1, math.ceil(len(values) / width))
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(v / 12.5))] for v in values[::step])
 
 
 def print_examples(model, tasks, vocabulary, device, n=2):
@@ -388,13 +469,19 @@ def chosen_tasks(names):
     return [task for task in tasks_in_order() if task.name in names]
 
 
+def device_of(settings):
+    if settings.device:
+        return torch.device(settings.device)
+    local = os.environ.get("LOCAL_RANK", "0")
+    return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+
+
 def build(settings, checkpoint=None):
-    """(tasks with data, vocabulary, model) of a run's settings; the vocabulary from a checkpoint
-    where there is one, else from the training documents and the vectors."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """(tasks with data, vocabulary, model) of a run's settings, on its device. With a checkpoint,
+    the data must give the same labels and vocabulary."""
     tasks = chosen_tasks(settings.tasks)
     for task in tasks:
-        task.load_data(data_folders(settings.data, tasks)[task.name])
+        task.load_data(data_folders(settings.data, tasks)[task.name], settings.max_tokens)
     labels = {task.name: task.labels() for task in tasks}
     torch.manual_seed(settings.seed)
     vectors = read_vectors(settings.vectors) if settings.vectors else None
@@ -403,7 +490,8 @@ def build(settings, checkpoint=None):
     if checkpoint and (labels != checkpoint["labels"]
                        or vocabulary.state() != checkpoint["vocabulary"]):
         raise InputError("--resume: expected the training data and vectors of the run, found others")
-    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
+    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings,
+                                   vectors).to(device_of(settings))
 
 
 def predict(folder, path, as_json):
@@ -435,7 +523,8 @@ def parse(arguments):
     parser.add_argument("--predict", metavar="FILE", help="annotate raw text, - for standard input")
     parser.add_argument("--json", action="store_true", help="predict JSON lines")
     choices = {"tasks": [task.name for task in tasks_in_order()],
-               "schedule": ["proportional", "uniform"]}
+               "schedule": ["proportional", "uniform", "successive"],
+               "sharing": ["hierarchical", "flat", "inverted", "latent"]}
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         default = " ".join(f.default) if f.type is tuple else f.default
@@ -466,19 +555,31 @@ def main(arguments=None):
         folder = folder or new_folder(settings.tasks)
         if (folder / "checkpoint.pt").exists():
             raise InputError(f"{folder}: holds a run; go on with --resume, or name another folder")
+    if "RANK" in os.environ:                                   # started by torchrun
+        dist.init_process_group("nccl" if device_of(settings).type == "cuda" else "gloo")
+        names = [folder]
+        dist.broadcast_object_list(names)
+        folder = names[0]
     tasks, vocabulary, model = build(settings, checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
+    else:
+        sys.stdout = open(os.devnull, "w")                     # one process speaks
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     if checkpoint:
         trainer.restore(checkpoint)
     print(", ".join(f"{k} {v}" for k, v in asdict(settings).items()) + "\n")
     print_tasks(tasks, settings)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, run folder {folder}\n")
+    parameters = [sum(p.numel() for p in part.parameters()) for part in
+                  (model.embedder, model.encoders, model.heads, model)]
+    print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*parameters))
+    print(f"run folder: {folder}\n")
     trainer.train(settings.epochs)
-    print_results(trainer.results())
+    print_results(trainer.results(), tasks, trainer.history)
     print_examples(model, tasks, vocabulary, trainer.device)
-    held.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
