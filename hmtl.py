@@ -26,6 +26,7 @@ A antecedents.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -101,8 +102,10 @@ def keep(mask, width, p, training):
     """What to multiply (B, T, width) values with: 0 in the padding and, in training, for a share p
     of the values, 1 / (1 - p) for the others (dropout). The mask is drawn here because F.dropout
     takes four times as long on a CPU."""
-    mask = mask[:, :, None].expand(-1, -1, width)
-    return mask * (torch.rand(mask.shape, device=mask.device) >= p) / (1 - p) if training else mask
+    if not training:
+        return mask[:, :, None]
+    drawn = torch.rand(*mask.shape, width, device=mask.device) >= p
+    return drawn * (mask / (1 - p))[:, :, None]
 
 
 class Embedder(nn.Module):
@@ -268,10 +271,10 @@ class Tagger(nn.Module):
         self.crf = CRF(torch.tensor([[may_follow(a, b) for b in states] for a in states]))
 
     def loss(self, x, words, batch):
-        tags = torch.zeros(batch.tokens.shape, dtype=torch.long)
+        tags = np.zeros(batch.tokens.shape, dtype=np.int64)
         for row, document, length in zip(tags, batch.documents, batch.lengths):
-            row[:length] = torch.tensor(self.tags_of(getattr(document, self.key)[0], length))
-        return self.crf.loss(self.emit(x), tags.to(x.device), batch.mask).mean()
+            row[:length] = self.tags_of(getattr(document, self.key)[0], length)
+        return self.crf.loss(self.emit(x), torch.from_numpy(tags).to(x.device), batch.mask).mean()
 
     def tags_of(self, spans, length):
         """BIOUL numbers; of spans that overlap, the longest."""

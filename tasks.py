@@ -491,11 +491,10 @@ def make_batch(documents, vocabulary):
     for line, row in zip(tokens, rows):
         line[:len(row)] = row
     spellings = [vocabulary.spelling(word) for word in distinct]
-    return Batch(documents, [len(row) for row in rows],
-                 torch.tensor([vocabulary.word_ids.get(word.lower(), 1) for word in distinct]),
-                 torch.tensor([0, *chain.from_iterable(spellings)]),
-                 torch.tensor([len(spelling) - 1 for spelling in spellings]),
-                 torch.from_numpy(tokens), torch.from_numpy(tokens > 0))
+    arrays = (np.array([vocabulary.word_ids.get(word.lower(), 1) for word in distinct]),
+              np.array([0, *chain.from_iterable(spellings)]),
+              np.array([len(spelling) - 1 for spelling in spellings]), tokens, tokens > 0)
+    return Batch(documents, [len(row) for row in rows], *map(torch.from_numpy, arrays))
 
 
 def read_vectors(path):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import train
@@ -93,7 +94,7 @@ class EncoderTest(unittest.TestCase):
         expected, _ = nn.utils.rnn.pad_packed_sequence(plain(packed)[0], batch_first=True)
         found = encoder(x * mask[:, :, None], mask)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-        self.assertEqual(float(found[~mask].abs().sum()), 0.0)
+        self.assertEqual(found[~mask].abs().sum().item(), 0.0)
 
 
 # -------------------------------------------------------------------------------------- the CRF
@@ -431,7 +432,7 @@ class ModelTest(unittest.TestCase):
             mixed, plain = model.encode(batch, ["rel"])[1]["rel"], direct.encode(batch, [name])[1][name]
             width = plain.shape[2]
             torch.testing.assert_close(mixed[:, :, :width], plain)
-            self.assertEqual(float(mixed[:, :, width:].abs().sum()), 0.0)
+            self.assertEqual(mixed[:, :, width:].abs().sum().item(), 0.0)
 
     def test_prediction_runs_every_encoder_once(self):
         _, vocabulary, model = tiny_model()
@@ -553,6 +554,25 @@ class ScoreTest(unittest.TestCase):
 
 # ------------------------------------------------------------------------------------- training
 
+def train_20_steps(rank, n_processes, folder):
+    """(weights, dev scores) after 20 steps of every task; of several processes the first saves."""
+    if n_processes > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_processes)
+    tasks, vocabulary, model = tiny_model()
+    model.double()                   # where a gradient is 0, Adam makes full steps out of rounding
+    trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
+    model.train()
+    for i in range(20):
+        trainer.train_step(tasks[i % 4])
+    found = model.state_dict(), [trainer.evaluate(task, "dev") for task in tasks]
+    if n_processes > 1:
+        if rank == 0:
+            train.write(Path(folder) / "two.pt", found)
+        dist.destroy_process_group()
+    return found
+
+
 class TrainingTest(unittest.TestCase):
 
     def test_sampled_frequencies_and_same_draws(self):
@@ -617,6 +637,59 @@ class TrainingTest(unittest.TestCase):
                                     train.load(folders[0] / name).values()):
                         self.assertTrue(torch.equal(a, b))
             self.assertEqual(len((folders[0] / "log.jsonl").read_text().splitlines()), 4)
+
+    def test_two_processes_equal_one(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = train_20_steps(0, 1, folder)
+            torch.multiprocessing.spawn(train_20_steps, (2, folder), nprocs=2)
+            weights, scores = train.load(Path(folder) / "two.pt")
+            for name, value in one[0].items():
+                torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
+            for found, expected in zip(scores, one[1]):
+                self.assertEqual(found.keys(), expected.keys())
+                for name in found:
+                    self.assertAlmostEqual(found[name], expected[name])
+
+    def test_schedules_visit_what_they_promise(self):
+        def plan(schedule):
+            return train.plan_epoch(schedule, [300, 200, 100], np.random.default_rng(0))
+        self.assertEqual(plan("successive"), [0] * 300 + [1] * 200 + [2] * 100)
+        for schedule, share in [("proportional", [0.5, 1 / 3, 1 / 6]), ("uniform", [1 / 3] * 3)]:
+            counts = np.bincount(plan(schedule)) / 600
+            self.assertTrue(np.allclose(counts, share, atol=0.05), counts)
+            self.assertEqual(plan(schedule), plan(schedule))
+
+    def test_successive_regularization_on_two_parameters(self):
+        with tempfile.TemporaryDirectory() as folder:
+            tasks, vocabulary, model = tiny_model(("ner",))
+            settings = replace(TINY, successive_delta=0.3)
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+        a, b = trainer.shared = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.ones(1))]
+        trainer.before = [torch.tensor([0.5, 4.0]), torch.tensor([1.5])]
+        (a.sum() * 3 + b * 5).sum().backward()
+        penalty = 0.3 * sum(((p - q) ** 2).sum() for p, q in zip(trainer.shared, trainer.before))
+        expected = [g + h for g, h in zip((a.grad, b.grad), torch.autograd.grad(penalty, [a, b]))]
+        trainer.hold_back()
+        torch.testing.assert_close([a.grad, b.grad], expected)
+
+    def test_successive_training_returns_to_the_task_before(self):
+        with tempfile.TemporaryDirectory() as folder:
+            tasks, vocabulary, model = tiny_model(("ner", "rel"))
+            settings = replace(TINY, schedule="successive")
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+            step, seen = trainer.train_step, []
+
+            def watched(task):
+                seen.append((task.name, [p.clone() for p in trainer.before],
+                             [p.detach().clone() for p in trainer.shared]))
+                return step(task)
+            trainer.train_step = watched
+            trainer.train_epoch(0)
+        self.assertEqual([name for name, _, _ in seen], ["ner"] * 3 + ["rel"] * 3)
+        for _, before, _ in seen[:3]:
+            self.assertTrue(all(map(torch.equal, before, seen[0][2])))
+        for _, before, _ in seen[3:]:
+            self.assertTrue(all(map(torch.equal, before, seen[3][2])))
 
     def test_best_weights_are_those_of_the_best_epoch(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -982,7 +1055,8 @@ def benchmark(rounds=6):
             started = clock()
             batch = make_batch(documents, vocabulary)
             building = clock() - started
-            inputs = [torch.randn(*batch.tokens.shape, lstm.input_size) for lstm in bare]
+            inputs = [torch.randn(*batch.tokens.shape, lstm.input_size, requires_grad=True)
+                      for lstm in bare]
             started = clock()
             for lstm, x in zip(bare, inputs):
                 lstm(x)[0].sum().backward()
