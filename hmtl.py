@@ -50,8 +50,8 @@ class Settings:
     rel_encoder: str = "3x64"
     coref_encoder: str = "1x200"
     dropout: float = 0.4               # on word vectors and on every layer's output
-    unknown: float = 0.25              # probability that a rare training word is made unknown
-    relation_units: int = 64           # hidden units of the relation head
+    unknown: float = 0.5               # probability that a rare training word is made unknown
+    relation_units: int = 128          # hidden units of the relation head
     coref_units: int = 150             # hidden units of the mention and antecedent scorers
     max_span: int = 8                  # tokens in a coreference span
     spans_per_token: float = 0.4       # coreference spans that are kept
@@ -65,8 +65,8 @@ class Settings:
     schedule: str = "proportional"     # or uniform, successive: see train.plan_epoch
     successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
     epochs: int = 60
-    patience: int = 10                 # epochs without improvement until a task may end
-    lr_patience: int = 4               # epochs without improvement until its rate is halved
+    patience: int = 20                 # epochs without improvement until a task may end
+    lr_patience: int = 8               # epochs without improvement until its rate is halved
     seed: int = 0
     device: str = ""
 
@@ -116,9 +116,11 @@ class Embedder(nn.Module):
         width = settings.word_dim if vectors is None else vectors[1].shape[1]
         self.n_frequent, self.n_trained = vocabulary.n_frequent, vocabulary.n_trained
         table = torch.randn(len(vocabulary.words), width) * 0.1
+        table[0] = 0.0                                                           # padding
         for word, vector in zip(*vectors or ([], [])):
             table[vocabulary.word_ids[word]] = torch.from_numpy(vector)
-        self.words = nn.Embedding.from_pretrained(table[:self.n_trained], freeze=False)
+        self.words = nn.Embedding.from_pretrained(table[:self.n_trained], freeze=False,
+                                                  padding_idx=0)
         # Words that only the vector file has never get a gradient: they stay out of the optimizer.
         self.register_buffer("other_words", table[self.n_trained:].clone())
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
@@ -127,7 +129,7 @@ class Embedder(nn.Module):
         self.width = width + settings.char_filters
 
     def forward(self, batch):
-        """(B, T, D); anything on padding."""
+        """(B, T, D), zero on padding."""
         ids = batch.words
         if self.training:
             rare = (ids >= self.n_frequent) & (torch.rand_like(ids, dtype=torch.float) < self.unknown)
@@ -143,7 +145,8 @@ class Embedder(nn.Module):
         windows = batch.chars.unfold(0, 3, 1)[batch.chars[1:-1] > 0]             # (C, 3)
         shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
                                       lengths=batch.n_chars, initial=0.0)        # (U, D)
-        return F.embedding(batch.tokens, torch.cat([vectors, shapes], 1))        # (B, T, D)
+        features = F.dropout(torch.cat([vectors, shapes], 1), self.dropout, self.training)
+        return F.embedding(batch.tokens, features)                               # (B, T, D)
 
 
 class Encoder(nn.Module):
@@ -525,7 +528,6 @@ class HMTL(nn.Module):
         """Word vectors (B, T, D), and {task: what its head reads, (B, T, 2 H)}. Every encoder that
         the tasks need runs once."""
         words = self.embedder(batch)
-        words = words * keep(batch.mask, self.embedder.width, self.embedder.dropout, self.training)
         outputs = {}
 
         def run(name):
