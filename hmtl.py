@@ -64,7 +64,7 @@ class Settings:
     clip: float = 5.0                  # largest gradient norm
     schedule: str = "proportional"     # or uniform, successive: see train.plan_epoch
     successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
-    epochs: int = 60
+    epochs: int = 40
     patience: int = 20                 # epochs without improvement until a task may end
     lr_patience: int = 8               # epochs without improvement until its rate is halved
     seed: int = 0
@@ -113,7 +113,7 @@ class Embedder(nn.Module):
 
     def __init__(self, vocabulary, settings, vectors=None):
         super().__init__()
-        width = settings.word_dim if vectors is None else vectors[1].shape[1]
+        width = settings.word_dim
         self.n_frequent, self.n_trained = vocabulary.n_frequent, vocabulary.n_trained
         table = torch.randn(len(vocabulary.words), width) * 0.1
         table[0] = 0.0                                                           # padding

@@ -20,9 +20,12 @@ import io
 import json
 import math
 import os
+import re
 import sqlite3
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -80,8 +83,8 @@ def epochs_waited(scores, decreases=False):
 
 # ------------------------------------------------------------------------------------ the trainer
 
-class NotFinite(Exception):
-    """The loss is infinite or not a number."""
+class Stopped(Exception):
+    """Why a run stopped early, in one line."""
 
 
 class MultiTaskTrainer:
@@ -114,6 +117,8 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch number n_epochs, or until every task's patience is at its end."""
+        if not self.history and self.rank == 0:
+            self.save()                              # so that even the first epoch can be resumed
         while len(self.history) < n_epochs and not self.finished():
             started = time.time()
             losses = self.train_epoch(len(self.history))
@@ -165,9 +170,9 @@ class MultiTaskTrainer:
         loss.backward()
         if self.before is not None:
             self.hold_back()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizers[task.name].step()
-        return loss.detach()
+        return loss.detach() + 0 * norm              # not finite where the gradient is not
 
     def hold_back(self):
         """Successive regularization (Hashimoto et al. 2017, section 3): adds the gradient of
@@ -183,9 +188,9 @@ class MultiTaskTrainer:
             bad = (~torch.stack(values).isfinite()).nonzero() if values else []
             if len(bad):
                 step = self.steps[name] - len(values) + int(bad[0]) + 1
-                raise NotFinite(f"{self.folder}: the loss of {name} is {float(values[bad[0]])} at "
-                                f"its step {step} in epoch {epoch + 1}; the checkpoint holds epoch "
-                                f"{len(self.history)}")
+                raise Stopped(f"{self.folder}: the loss or gradient of {name} is not finite at its "
+                              f"step {step}, in epoch {epoch + 1}; checkpoint.pt is good and holds "
+                              f"epoch {len(self.history)}")
 
     def evaluate(self, task, split):
         """The scores of one task on its dev or test documents."""
@@ -227,12 +232,11 @@ class MultiTaskTrainer:
 
     def save(self):
         weights = self.model.state_dict()
-        last = len(self.history) - 1
-        for task in self.tasks:
-            if best_epoch(self.dev_scores(task), task.validation_metric_decreases) == last:
-                write(self.folder / f"best-{task.name}.pt", weights)
-        if best_epoch(self.mean_scores()) == last:
-            write(self.folder / "best.pt", weights)
+        scores = {f"best-{task.name}.pt": (self.dev_scores(task), task.validation_metric_decreases)
+                  for task in self.tasks} | {"best.pt": (self.mean_scores(), False)}
+        for name, (values, decreases) in scores.items():
+            if self.history and best_epoch(values, decreases) == len(self.history) - 1:
+                write(self.folder / name, weights)
         labels = {task.name: task.labels() for task in self.tasks}
         write(self.folder / "checkpoint.pt", {
             "settings": asdict(self.settings), "labels": labels,
@@ -408,22 +412,38 @@ def write(path, content):
         torch.save(content, buffer)
         content = buffer.getvalue()
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:                       # a full disk
+        temporary.unlink(missing_ok=True)
+        raise Stopped(f"{path}: {error.strerror}; what the run had written before is whole") from None
+
+
+@contextmanager
+def expecting_a_checkpoint(path):
+    """One line instead of the many kinds of errors that damaged or foreign files raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:
+        raise InputError(f"{path}: expected a checkpoint of train.py, found a damaged or other file "
+                         f"({type(error).__name__})") from None
 
 
 def load(path, device="cpu"):
-    """Tensors and plain values; weights_only: a file cannot run code."""
-    try:
+    """Tensors and plain values; weights_only: a file cannot run code. torch writes a zip file and
+    does not look at its checksums when it reads it; so that no flipped bit passes, zipfile does."""
+    with expecting_a_checkpoint(path):
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("checksum")
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except Exception as error:         # torch raises many kinds for a damaged file
-        raise InputError(f"{path}: expected a checkpoint of train.py, found a file that does not "
-                         f"load ({type(error).__name__})") from None
 
 
 def new_folder(tasks):
@@ -442,8 +462,8 @@ def lock(folder):
     connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
     try:
         connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        raise InputError(f"{folder}: another process trains in this folder") from None
+    except sqlite3.OperationalError as error:
+        raise InputError(f"{folder}: another process trains in this folder ({error})") from None
     return connection
 
 
@@ -469,11 +489,15 @@ def chosen_tasks(names):
     return [task for task in tasks_in_order() if task.name in names]
 
 
-def device_of(settings):
-    if settings.device:
-        return torch.device(settings.device)
-    local = os.environ.get("LOCAL_RANK", "0")
-    return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+def device_of(name):
+    """The device of that name, or a GPU where there is one; under torchrun a GPU per process."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:      # no such device, or torch without it
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def build(settings, checkpoint=None):
@@ -485,26 +509,28 @@ def build(settings, checkpoint=None):
     labels = {task.name: task.labels() for task in tasks}
     torch.manual_seed(settings.seed)
     vectors = read_vectors(settings.vectors) if settings.vectors else None
+    if vectors:
+        settings.word_dim = vectors[1].shape[1]
     vocabulary = Vocabulary.of([d for task in tasks for d in task.data["train"]],
                                vectors[0] if vectors else ())
     if checkpoint and (labels != checkpoint["labels"]
                        or vocabulary.state() != checkpoint["vocabulary"]):
         raise InputError("--resume: expected the training data and vectors of the run, found others")
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings,
-                                   vectors).to(device_of(settings))
+                                   vectors).to(device_of(settings.device))
 
 
-def predict(folder, path, as_json):
+def predict(folder, path, as_json, device):
     """Prints the document of raw text at path with everything that a run's one model finds."""
-    checkpoint = load(folder / "checkpoint.pt")
-    settings = Settings(**checkpoint["settings"])
-    vocabulary = Vocabulary(**checkpoint["vocabulary"])
-    vectors = None
-    model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings, vectors)
-    model.load_state_dict(load(folder / "best.pt"))
-    model.eval()
+    with expecting_a_checkpoint(folder / "checkpoint.pt"):
+        checkpoint = load(folder / "checkpoint.pt")
+        settings = Settings(**checkpoint["settings"])
+        vocabulary = Vocabulary(**checkpoint["vocabulary"])
+        model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
+        model.load_state_dict(load(folder / "best.pt"))
+    model.to(device).eval()
     document = read_text(path)
-    document = model.annotate(document, make_batch([document], vocabulary))
+    document = model.annotate(document, make_batch([document], vocabulary).to(device))
     print(document.to_json()) if as_json else print_annotated(document)
 
 
@@ -535,17 +561,37 @@ def parse(arguments):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 
+def check_settings(settings):
+    """Refuses values that no model can be built from."""
+    for f in fields(settings):
+        value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
+        if f.name.endswith("_encoder"):
+            good, expected = re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), "LAYERSxUNITS, such as 2x64"
+        elif f.name in ("dropout", "unknown"):
+            good, expected = 0 <= value < 1 + (f.name == "unknown"), "a share from 0 to 1"
+        elif f.name in ("seed", "lr_patience", "successive_delta"):
+            good, expected = 0 <= value < math.inf, "a number from 0 up"
+        elif f.type in (int, float):
+            good, expected = 0 < value < math.inf, "a number above 0"
+        else:
+            continue
+        if not good:
+            raise InputError(f"{flag}: expected {expected}, found {value}")
+
+
 def main(arguments=None):
     given, other = parse(arguments)
     if (other.resume or other.predict) and not other.run:
         raise InputError("--resume and --predict need --run DIR")
     if other.predict:
-        return predict(other.run, other.predict, other.json)
+        return predict(other.run, other.predict, other.json, device_of(given.get("device")))
 
     checkpoint, folder = None, other.run
     if other.resume:
-        checkpoint = load(folder / "checkpoint.pt")
-        stored = checkpoint["settings"]
+        path = folder / "checkpoint.pt"
+        checkpoint = load(path)
+        with expecting_a_checkpoint(path):
+            stored = asdict(Settings(**checkpoint["settings"]))
         for name, value in given.items():
             if value != stored[name] and name not in ("epochs", "patience", "device"):
                 raise InputError(f"--{name} {value}: this run has {stored[name]}")
@@ -555,8 +601,9 @@ def main(arguments=None):
         folder = folder or new_folder(settings.tasks)
         if (folder / "checkpoint.pt").exists():
             raise InputError(f"{folder}: holds a run; go on with --resume, or name another folder")
+    check_settings(settings)
     if "RANK" in os.environ:                                   # started by torchrun
-        dist.init_process_group("nccl" if device_of(settings).type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_of(settings.device).type == "cuda" else "gloo")
         names = [folder]
         dist.broadcast_object_list(names)
         folder = names[0]
@@ -568,15 +615,19 @@ def main(arguments=None):
         sys.stdout = open(os.devnull, "w")                     # one process speaks
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     if checkpoint:
-        trainer.restore(checkpoint)
+        with expecting_a_checkpoint(path):
+            trainer.restore(checkpoint)
     print(", ".join(f"{k} {v}" for k, v in asdict(settings).items()) + "\n")
     print_tasks(tasks, settings)
     parameters = [sum(p.numel() for p in part.parameters()) for part in
                   (model.embedder, model.encoders, model.heads, model)]
     print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*parameters))
     print(f"run folder: {folder}\n")
-    trainer.train(settings.epochs)
-    print_results(trainer.results(), tasks, trainer.history)
+    try:
+        trainer.train(settings.epochs)
+        print_results(trainer.results(), tasks, trainer.history)
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
     print_examples(model, tasks, vocabulary, trainer.device)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -585,9 +636,7 @@ def main(arguments=None):
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, NotFinite) as error:
+    except (InputError, Stopped) as error:
+        progress("")
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; go on with --run DIR --resume", file=sys.stderr)
-        sys.exit(130)
