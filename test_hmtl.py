@@ -96,6 +96,15 @@ class EncoderTest(unittest.TestCase):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
         self.assertEqual(found[~mask].abs().sum().item(), 0.0)
 
+    def test_groups_of_like_length_equal_one_batch(self):
+        torch.manual_seed(0)
+        encoder = Encoder(5, "2x4", dropout=0.0)
+        mask = torch.arange(9) < torch.tensor([3, 9, 1, 4, 8, 2, 9])[:, None]
+        x = torch.randn(7, 9, 5) * mask[:, :, None]
+        whole = encoder(x, mask)
+        for encoder.GROUP in (1, 3):
+            torch.testing.assert_close(encoder(x, mask), whole)
+
 
 # -------------------------------------------------------------------------------------- the CRF
 
