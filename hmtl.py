@@ -1,8 +1,8 @@
-"""The model: shared layers below, one head per task above. Read tasks.py before, train.py after.
+r"""The model: shared layers below, one head per task above. Read tasks.py before, train.py after.
 
     word vectors, char CNN -> BiLSTM ner -> BiLSTM emd -> BiLSTM rel     (an encoder each,
-                                |             |     \\         |          a head each)
-                             CRF tags      CRF tags  \\    pair scores
+                                |             |     \         |          a head each)
+                             CRF tags      CRF tags  \    pair scores
                                                       -> BiLSTM coref -> antecedent scores
 
 HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the bottom and the complex
@@ -18,17 +18,23 @@ What differs from the paper, and why:
 - Rare words of the training data become the unknown word at random, so that its vector is trained.
 - The output bias of the relation head starts at -5: nearly all pairs are unrelated, and from 0 the
   first hundreds of steps would go into learning that.
+- The LSTMs start from larger weights than torch gives them, see `Encoder`; a task whose dev score is
+  still 0 loses neither patience nor learning rate (train.py). Without the two, the relation head was
+  seen to predict nothing for 60 epochs.
+- In training, gold mentions are kept whatever their score. Else all scores may fall together until
+  no gold mention is kept: the loss is then 0, and stays there.
+- The coreference scorers drop parts of what they read, not their hidden units, of which there are
+  many more to draw.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
 C their characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept spans,
-A antecedents.
+G width of a span's representation, A antecedents.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -66,7 +72,7 @@ class Settings:
     successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
     epochs: int = 40
     patience: int = 20                 # epochs without improvement until a task may end
-    lr_patience: int = 8               # epochs without improvement until its rate is halved
+    lr_patience: int = 8               # its learning rate is halved after more epochs than this
     seed: int = 0
     device: str = ""
 
@@ -84,10 +90,10 @@ def layout(sharing, tasks):
     latent        the tree, but a head reads a learned mixture of all encoders, after the idea of
                   Ruder et al. 2017, "Latent multi-task architecture learning"
     """
-    below = {task: [t for t in HIERARCHY[task] if t in tasks][:1] for task in tasks}
+    tree = below = {task: [t for t in HIERARCHY[task] if t in tasks][:1] for task in tasks}
     reads = {task: [task] for task in tasks}
     if sharing == "inverted":
-        below = {task: [t for t in tasks if task in below[t]] for task in tasks}
+        below = {task: [t for t in tasks if task in tree[t]] for task in tasks}
     elif sharing == "flat":
         below = {task: [t] if t else [] for t, task in zip([None, *tasks], tasks)}
         reads = {task: [[*tasks][-1]] for task in tasks}
@@ -124,6 +130,7 @@ class Embedder(nn.Module):
         # Words that only the vector file has never get a gradient: they stay out of the optimizer.
         self.register_buffer("other_words", table[self.n_trained:].clone())
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
+        nn.init.zeros_(self.chars.weight[1].data)       # no training word has an unknown character
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         self.unknown, self.dropout = settings.unknown, settings.dropout
         self.width = width + settings.char_filters
@@ -145,6 +152,7 @@ class Embedder(nn.Module):
         windows = batch.chars.unfold(0, 3, 1)[batch.chars[1:-1] > 0]             # (C, 3)
         shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
                                       lengths=batch.n_chars, initial=0.0)        # (U, D)
+        # A word is dropped alike wherever it stands in the batch: fewer numbers to draw.
         features = F.dropout(torch.cat([vectors, shapes], 1), self.dropout, self.training)
         return F.embedding(batch.tokens, features)                               # (B, T, D)
 
@@ -181,8 +189,8 @@ class Encoder(nn.Module):
 
     def forward(self, x, mask):
         """(B, T, D), (B, T) -> (B, T, 2 H), both zero on padding."""
-        if len(mask) > self.GROUP:        # a document: sentences of like lengths together
-            order = mask.sum(1).argsort()
+        if len(mask) > self.GROUP:        # a long document: sentences of like lengths together
+            order = mask.sum(1).argsort(stable=True)
             groups = [(rows, int(mask[rows].sum(1).max())) for rows in order.split(self.GROUP)]
             outputs = [F.pad(self(x[rows, :n], mask[rows, :n]), (0, 0, 0, mask.shape[1] - n))
                        for rows, n in groups]
@@ -267,7 +275,7 @@ class CRF(nn.Module):
 class Tagger(nn.Module):
     """Spans with labels as BIOUL tags: begin, inside, outside, unit (one word), last."""
 
-    def __init__(self, key, width, labels, settings):
+    def __init__(self, key, width, labels):
         super().__init__()
         self.key, self.names = key, ["f1"]
         self.tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BIUL")]
@@ -329,9 +337,9 @@ class RelationHead(nn.Module):
     """Multi-head selection (Bekoulis et al. 2018): for every pair of tokens i, j and every label,
     sigmoid(V relu(U h_i + W h_j + b)), where i and j are the last tokens of the arguments."""
 
-    def __init__(self, key, width, labels, settings):
+    def __init__(self, width, labels, settings):
         super().__init__()
-        self.key, self.names, self.labels = key, ["last-token", "boundaries", "strict"], labels
+        self.names, self.labels = ["last-token", "boundaries", "strict"], labels
         self.ids = {label: i for i, label in enumerate(labels)}
         self.first = nn.Linear(width, settings.relation_units)               # U, b
         self.second = nn.Linear(width, settings.relation_units, bias=False)  # W
@@ -341,7 +349,7 @@ class RelationHead(nn.Module):
         nn.init.constant_(self.label.bias, -5.0)
 
     def scores(self, x, batch):
-        """Logits of all pairs of a sentence: a list of (T, T, R), without padding.
+        """Logits of all pairs of each sentence: a list of (T, T, R), T its own length.
 
         Sentence by sentence, as all padded pairs at once cost 3.5 times the time.
         """
@@ -352,14 +360,14 @@ class RelationHead(nn.Module):
     def loss(self, x, words, batch):
         """Binary cross-entropy, summed over the pairs: softplus(s) - s y, y = 1 where related."""
         scores = self.scores(x, batch)
-        cells, offset = [], 0
+        cells, offset = set(), 0          # a set: arguments of nested spans may share last tokens
         for document, length in zip(batch.documents, batch.lengths):
-            cells += [offset + (i * length + j) * len(self.labels) + self.ids[label]
-                      for _, i, _, j, label in document.relations[0]]
+            cells |= {offset + (i * length + j) * len(self.labels) + self.ids[label]
+                      for _, i, _, j, label in document.relations[0]}
             offset += length * length * len(self.labels)
         logits = torch.cat([s.flatten() for s in scores])
-        return (F.softplus(logits).sum() - logits[torch.tensor(cells, dtype=torch.long)].sum()
-                ) / len(scores)
+        related = torch.tensor(sorted(cells), dtype=torch.long, device=x.device)
+        return (F.softplus(logits).sum() - logits[related].sum()) / len(scores)
 
     def decode(self, x, words, batch):
         """[(i, j, label)] for every sentence: the pairs of last tokens with probability > 1/2."""
@@ -383,7 +391,7 @@ class CorefHead(nn.Module):
 
     ROWS = 16       # spans whose antecedents are scored at once
 
-    def __init__(self, key, width, word_width, settings):
+    def __init__(self, width, word_width, settings):
         super().__init__()
         self.names = list(COREF_SCORES)
         units, feature = settings.coref_units, 20
@@ -409,7 +417,17 @@ class CorefHead(nn.Module):
         self.pair = nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(),
                                   nn.Linear(units, 1))
 
-    def kept_spans(self, x, words, batch):
+    def gold_clusters(self, batch):
+        """For every span, at its number start * W + width - 1, the number of its cluster, from 1; 0
+        for none. (N W,)"""
+        cluster = torch.zeros(sum(batch.lengths) * self.max_span, dtype=torch.long)
+        for i, mentions in enumerate(batch.documents[0].clusters, 1):
+            for start, end in mentions:
+                if end - start < self.max_span:
+                    cluster[start * self.max_span + end - start] = i
+        return cluster.to(batch.tokens.device)
+
+    def kept_spans(self, x, words, batch, gold=None):
         """Section 3 and 5 of the paper: the numbers (S,) of the kept spans, start * W + width - 1, in
         the order of the text, their scores (S,) and their representations g (S, G)."""
         x, words = x[batch.mask], words[batch.mask]                              # (N, D)
@@ -426,14 +444,16 @@ class CorefHead(nn.Module):
         hidden = (self.mention_first(x)[:, None] + self.mention_last(x)[later]
                   + weights @ self.mention_words(words)[later]
                   + self.mention_width(self.span_width.weight))                  # (N, W, H)
-        scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf")).flatten()
+        scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf")).flatten()  # (N W,)
 
-        n_kept = min(max(1, int(self.ratio * n)), int(sum(
-            sum(max(0, length - k) for k in range(w)) for length in batch.lengths)))
-        kept = scores.topk(n_kept).indices.sort().values                         # (S,)
-        start, width = kept // w, kept % w
-        attended = weights[start, width][:, None] @ words[later[start]]          # (S, 1, D)
-        g = torch.cat([x[start], x[start + width], attended[:, 0], self.span_width(width)], 1)
+        n_kept = min(max(1, int(self.ratio * n)), int(valid.sum()))
+        wanted = scores.detach()
+        if gold is not None:
+            wanted = wanted.masked_fill((gold > 0) & valid.flatten(), float("inf"))
+        kept = wanted.topk(n_kept).indices.sort().values                         # (S,)
+        first, last = kept // w, kept // w + kept % w
+        attended = weights[first, kept % w][:, None] @ words[later[first]]       # (S, 1, D)
+        g = torch.cat([x[first], x[last], attended[:, 0], self.span_width(kept % w)], 1)  # (S, G)
         return kept, scores[kept], F.dropout(g, self.dropout, self.training)
 
     def antecedent_scores(self, scores, g):
@@ -445,14 +465,13 @@ class CorefHead(nn.Module):
         """
         as_span, as_antecedent = self.pair_span(g), self.pair_antecedent(g)
         distances = self.pair_distance(self.distance.weight)                     # (9, H)
+        edges = torch.tensor([2, 3, 4, 5, 8, 16, 32, 64], device=g.device)       # of 9 buckets
         for row in range(0, len(g), self.ROWS):
             rows = slice(row, min(row + self.ROWS, len(g)))
             first = max(0, row - self.n_antecedents)
             columns = slice(first, rows.stop - 1)
             gap = (torch.arange(rows.start, rows.stop, device=g.device)[:, None]
                    - torch.arange(columns.start, columns.stop, device=g.device))
-            # 1, 2, 3, 4, 5-7, 8-15, 16-31, 32-63, 64+
-            edges = torch.tensor([2, 3, 4, 5, 8, 16, 32, 64], device=g.device)
             hidden = (as_span[rows, None] + as_antecedent[columns]
                       + distances[torch.bucketize(gap, edges, right=True)]
                       + self.pair_product(g[rows, None] * g[columns]))
@@ -462,13 +481,9 @@ class CorefHead(nn.Module):
 
     def loss(self, x, words, batch):
         """Negative log of the probability of all correct antecedents, summed over kept spans."""
-        kept, scores, g = self.kept_spans(x, words, batch)
-        cluster = torch.zeros(len(x[batch.mask]) * self.max_span, dtype=torch.long)
-        for i, mentions in enumerate(batch.documents[0].clusters, 1):
-            for start, end in mentions:
-                if end - start < self.max_span:
-                    cluster[start * self.max_span + end - start] = i
-        cluster = cluster.to(x.device)[kept]                                     # (S,), 0: none
+        gold = self.gold_clusters(batch)
+        kept, scores, g = self.kept_spans(x, words, batch, gold)
+        cluster = gold[kept]                                                     # (S,)
         loss = 0.0
         for row, first, pairs in self.antecedent_scores(scores, g):
             mine = cluster[row:row + len(pairs), None]
@@ -519,12 +534,13 @@ class HMTL(nn.Module):
                 self.encoders[name] = Encoder(width, shape, settings.dropout)
             return self.encoders[name]
         for name, task in self.tasks.items():
-            width = max([add_encoder(t).width for t in self.reads[name]])
+            width = max(add_encoder(t).width for t in self.reads[name])
             if name == "coref":
-                self.heads[name] = CorefHead(task.key, width, self.embedder.width, settings)
+                self.heads[name] = CorefHead(width, self.embedder.width, settings)
+            elif name == "rel":
+                self.heads[name] = RelationHead(width, labels[name], settings)
             else:
-                head = RelationHead if name == "rel" else Tagger
-                self.heads[name] = head(task.key, width, labels[name], settings)
+                self.heads[name] = Tagger(task.key, width, labels[name])
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads)) for name, reads
                                           in self.reads.items() if len(reads) > 1})
         # The tagger that gives relations their spans.
@@ -597,12 +613,10 @@ class HMTL(nn.Module):
     def get_metrics(self, task_name, reset=False):
         """{score name: percent} of everything that `forward` evaluated since the last reset."""
         metric = self.metrics[task_name]
-        sums = metric.sums.to(next(self.parameters()).device)
-        if dist.is_initialized():                               # every process saw its share
-            dist.all_reduce(sums)
+        scores = metric.compute()
         if reset:
             metric.reset()
-        return metric.compute(sums.cpu())
+        return scores
 
     def annotate(self, document, batch):
         """The document with everything that the model predicts, offsets from its start."""

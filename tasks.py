@@ -22,7 +22,6 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def read_json(path):
 
 def read_lines(path):
     try:
-        with (sys.stdin if str(path) == "-" else open(path, encoding="utf-8-sig")) as file:
+        with open(0 if str(path) == "-" else path, encoding="utf-8-sig") as file:
             return file.read().split("\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
@@ -172,7 +171,7 @@ def read_columns(path, key):
             columns = line.split("\t") if "\t" in line else line.split()
             where = f"{path}, line {n}"
             expect(len(columns) > 1, where, "a word and a tag", line)
-            expect(re.fullmatch(r"O|[BIELSUM]-.*\S.*", columns[-1]), where,
+            expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", columns[-1]), where,
                    "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
             expect(columns[0].strip(), where, "a word in the first column", line)
             words.append(columns[0])
@@ -197,23 +196,26 @@ def spans_of(tags):
     return spans
 
 
-WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?|'s\b|n't\b|\w+(?:[-&]\w+)*|\S")
+WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b"
+                  r"|\w+(?:[-&]\w+)*|\S")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]]*"
                           r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
 
 
-def read_text(path):
-    """One document of raw text from a file, or from standard input for `-`."""
+def read_text(path, longest=300):
+    """One document of raw text from a file, or from standard input for `-`. What has more than
+    `longest` words without an end of sentence is cut: relations take memory for all pairs."""
     text = "\n".join(read_lines(path))
     cuts = [0, *(m.end() for m in SENTENCE_END.finditer(text)), len(text)]
     sentences = [WORD.findall(text[a:b]) for a, b in zip(cuts, cuts[1:])]
     expect(any(sentences), path, "some text", text)
-    return Document(str(path), [words for words in sentences if words])
+    return Document(str(path), [words[i:i + longest] for words in sentences
+                                for i in range(0, len(words), longest)])
 
 
 # ------------------------------------------------------------------------------- built-in corpus
 #
-# Invented news. A name is a random stem and an ending; endings, not whole names, tell the types
+# Invented news. A name is a random stem and an ending; endings, not whole names, tell most types
 # apart, so a test name can be classified though it was never seen. AMBIGUOUS names are of any
 # type: only the sentence tells. "P of X" is a job where X is an organisation, a home where it is a
 # place: finding the relation takes knowing the type, which the small relation set alone does not
@@ -290,9 +292,12 @@ def builtin_document(key, rng):
             name = pick(AMBIGUOUS) if rng.random() < 0.15 else name
         taken.add(name)
         gender = pick(["she", "he"]) if kind == "PER" else "it"
-        full = {"PER": [pick(FIRST_NAMES.get(gender, [""])), name], "LOC": [name],
-                "ORG": [name, pick(["Group", "Holdings"])] if rng.random() < 0.2 else [name]}[kind]
-        return {"kind": kind, "names": [full, [name]], "gender": gender, "mentions": [],
+        full = [name]
+        if kind == "PER":
+            full = [pick(FIRST_NAMES[gender]), name]
+        elif kind == "ORG" and rng.random() < 0.2:
+            full = [name, pick(["Group", "Holdings"])]
+        return {"kind": kind, "full": full, "short": [name], "gender": gender, "mentions": [],
                 "nominal": pick(NOMINALS[kind]).split()}
 
     taken = set()
@@ -301,7 +306,7 @@ def builtin_document(key, rng):
     document = Document(key, [], [], [], [], [])
     offset, previous = 0, []                      # the entities that the last sentence named
     for n in range(5):
-        template, relations = pick(TEMPLATES[:-6] if n == 0 else TEMPLATES)
+        template, relations = pick(TEMPLATES if n else TEMPLATES[:-6])   # the last refer back
         template = re.sub(r"\(([^)]*)\)", lambda m: pick(m[1].split("|")), template)
         words, ner, emd, spans, named = [], [], [], {}, []
         for symbol in template.split():
@@ -317,11 +322,11 @@ def builtin_document(key, rng):
             if symbol.islower() and rivals == [who] and rng.random() < 0.8:
                 form = [who["gender"]] if rng.random() < 0.6 else who["nominal"]
             else:                                 # in full at first, in short from then on
-                form = who["names"][bool(who["mentions"])]
+                form = who["short"] if who["mentions"] else who["full"]
             start, end = offset + len(words), offset + len(words) + len(form) - 1
             words += form
             emd.append((start, end, kind))
-            if form in who["names"]:
+            if form in (who["full"], who["short"]):
                 ner.append((start, end, kind))
             who["mentions"].append((start, end))
             spans[symbol] = (start, end)
@@ -354,6 +359,7 @@ class Task:
     validation_metric_decreases: bool = False
     builtin_size: int = 0                         # training documents in the built-in corpus
     data: dict = field(default_factory=dict)      # "train", "dev", "test" -> documents
+    plan: tuple = (None, None)                    # of which pass, and the batches of that pass
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them where there is none.
@@ -361,16 +367,20 @@ class Task:
         Keeps the documents that carry this task's annotation; cuts training documents longer than
         max_tokens. Raises InputError.
         """
-        for seed, (split, size) in enumerate([("train", self.builtin_size), ("dev", 60),
-                                              ("test", 100)]):
-            if folder is None:
-                rng = np.random.default_rng([seed, seed or self.builtin_size])
-                documents = builtin_documents(size, rng)
+        sizes = {"train": self.builtin_size, "dev": 60, "test": 100}
+        for number, (split, size) in enumerate(sizes.items()):
+            if folder is None:       # the tasks share dev and test documents, not training documents
+                seed = [number, *self.name.encode()] if split == "train" else [number]
+                documents = builtin_documents(size, np.random.default_rng(seed))
             else:
                 documents = read_split(folder, split, self.key)
-            documents = [d for d in documents if getattr(d, self.key) is not None]
-            size = 1 if not self.whole_documents else max_tokens if split == "train" else sys.maxsize
-            self.data[split] = [part for d in documents for part in d.parts(size)]
+            longest = sys.maxsize
+            if not self.whole_documents:
+                longest = 1                           # so every sentence is a part of its own
+            elif split == "train":
+                longest = max_tokens
+            self.data[split] = [part for d in documents if getattr(d, self.key) is not None
+                                for part in d.parts(longest)]
             if not self.data[split]:
                 raise InputError(f"{folder}: expected {split} documents with the key "
                                  f"'{self.key}' for the task {self.name}, found none")
@@ -387,11 +397,13 @@ class Task:
     def batch(self, n, size, seed):
         """The documents of training batch number n = 0, 1, ...: a function of its arguments, so a
         resumed run needs to know only how many batches were drawn."""
-        lengths = tuple(sum(map(len, d.sentences)) for d in self.data["train"])
         epoch, n = divmod(n, self.n_batches(size))
-        batches = plan_batches(lengths, 1 if self.whole_documents else size,
-                               (seed, *self.name.encode(), epoch))
-        return [self.data["train"][i] for i in batches[n]]
+        if self.plan[0] != (epoch, size, seed):       # a plan holds for a pass over the data
+            lengths = [sum(map(len, d.sentences)) for d in self.data["train"]]
+            rng = np.random.default_rng([seed, *self.name.encode(), epoch])
+            self.plan = (epoch, size, seed), plan_batches(
+                lengths, 1 if self.whole_documents else size, rng)
+        return [self.data["train"][i] for i in self.plan[1][n]]
 
 
 def tasks_in_order():
@@ -402,10 +414,8 @@ def tasks_in_order():
             Task("coref", "clusters", "mean", whole_documents=True, builtin_size=120)]
 
 
-@lru_cache(maxsize=8)
-def plan_batches(lengths, size, seed):
+def plan_batches(lengths, size, rng):
     """Index arrays of batches of like lengths, in random order: padding costs time."""
-    rng = np.random.default_rng(seed)
     noisy = np.array(lengths) * rng.uniform(0.9, 1.1, len(lengths))
     batches = np.split(np.argsort(noisy), range(size, len(lengths), size))
     return [batches[i] for i in rng.permutation(len(batches))]
@@ -467,6 +477,8 @@ class Vocabulary:
 @dataclass
 class Batch:
     """Documents as tensors. The sentences of all documents lie side by side, empty ones left out.
+    For a loss or a score the documents are what `Task.batch` returns: one sentence each, or, for
+    coreference, one whole document.
 
     B sentences, T tokens in the longest, U distinct words, C characters in all of these.
     """
@@ -479,7 +491,7 @@ class Batch:
     mask: torch.Tensor        # (B, T) True on tokens, False on padding
 
     def to(self, device):
-        return Batch(self.documents, self.lengths, *(x.to(device, non_blocking=True) for x in
+        return Batch(self.documents, self.lengths, *(x.to(device) for x in
                      (self.words, self.chars, self.n_chars, self.tokens, self.mask)))
 
 
@@ -499,24 +511,23 @@ def make_batch(documents, vocabulary):
 
 def read_vectors(path):
     """(words, (N, D) float32 array) of a GloVe or word2vec text file: a word, then its numbers."""
-    lines = read_lines(path)
-    if len(lines[0].split()) == 2:              # word2vec writes a first line of two counts
-        lines[0] = ""
-    width = next((len(line.split()) - 1 for line in lines if line.strip()), 0)
-    expect(width > 0, path, "a word and its numbers on every line", lines[0])
-    vectors = {}
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            fields = line.rstrip().split(" ")   # a word may hold a space: numbers are the last
-            word, numbers = " ".join(fields[:-width]), fields[-width:]
-            try:
-                vector = np.array(numbers, dtype=float)
-            except ValueError:
-                vector = np.array([np.nan])
-            if not word or not (np.abs(vector) < 1e30).all():
-                raise InputError(f"{path}, line {n}: expected a word and {width} numbers, "
-                                 f"found {json.dumps(line[:60])}")
-            vectors.setdefault(word.lower(), vector)
+    vectors, width = {}, None
+    for n, line in enumerate(read_lines(path), 1):
+        fields = re.split(r"[ \t]+", line.strip(" \t\r"))
+        if fields == [""] or n == 1 and len(fields) == 2:   # word2vec's first line is two counts
+            continue
+        width = width or len(fields) - 1
+        # A word may hold a space; the numbers are the last fields.
+        word, numbers = " ".join(fields[:-width]), fields[len(fields) - width:]
+        try:
+            vector = np.array(numbers, dtype=float)
+        except ValueError:
+            vector = np.array([np.nan])
+        if not word or not (np.abs(vector) < 1e30).all():   # false for nan as well
+            raise InputError(f"{path}, line {n}: expected a word and {width or 'its'} numbers, "
+                             f"found {json.dumps(line[:60])}")
+        vectors.setdefault(word.lower(), vector)
+    expect(vectors, path, "a word and its numbers on every line", "none")
     return list(vectors), np.stack(list(vectors.values())).astype(np.float32)
 
 
@@ -535,10 +546,10 @@ class Scores:
     def add(self, name, counts):
         self.sums[self.names.index(name)] += torch.tensor([*counts, 1], dtype=torch.float64)
 
-    def compute(self, sums=None):
+    def compute(self):
         """{name: F1, name-precision, name-recall}, of the names that were added; 0 / 0 = 0."""
-        scores, sums = {}, self.sums if sums is None else sums
-        for name, (hit_p, predicted, hit_g, gold, times) in zip(self.names, sums.tolist()):
+        scores = {}
+        for name, (hit_p, predicted, hit_g, gold, times) in zip(self.names, self.sums.tolist()):
             if times:
                 p, r = 100 * hit_p / (predicted or 1), 100 * hit_g / (gold or 1)
                 scores |= {name: 2 * p * r / (p + r or 1), f"{name}-precision": p,

@@ -97,6 +97,7 @@ class MultiTaskTrainer:
     def __init__(self, model, tasks, vocabulary, settings, folder):
         self.model, self.tasks, self.vocabulary = model, tasks, vocabulary
         self.settings, self.folder = settings, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.device = next(model.parameters()).device
         self.rank, self.n_processes = 0, 1
         self.parallel = model
@@ -109,7 +110,8 @@ class MultiTaskTrainer:
                            for task in tasks}
         self.schedules = {task.name: torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizers[task.name], "min" if task.validation_metric_decreases else "max",
-            factor=0.5, patience=settings.lr_patience) for task in tasks}
+            factor=0.5, patience=settings.lr_patience, threshold=0)
+            for task in tasks}
         self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
         self.before = None            # values of the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
@@ -117,8 +119,10 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch number n_epochs, or until every task's patience is at its end."""
-        if not self.history and self.rank == 0:
+        if self.rank == 0 and not self.history:
             self.save()                              # so that even the first epoch can be resumed
+        elif self.rank == 0:
+            self.write_log()                         # a run killed behind save()'s checkpoint lacks it
         while len(self.history) < n_epochs and not self.finished():
             started = time.time()
             losses = self.train_epoch(len(self.history))
@@ -143,7 +147,8 @@ class MultiTaskTrainer:
         losses = {task.name: [] for task in self.tasks}
         self.model.train()
         for step, number in enumerate(plan):
-            if settings.schedule == "successive" and (step == 0 or number != plan[step - 1]):
+            turned = step == 0 or number != plan[step - 1]
+            if settings.schedule == "successive" and turned and any(self.steps.values()):
                 self.before = [p.detach().clone() for p in self.shared]
             task = self.tasks[number]
             losses[task.name].append(self.train_step(task))
@@ -201,6 +206,11 @@ class MultiTaskTrainer:
         for i in range(0, len(documents), size):
             batch = make_batch(documents[i:i + size], self.vocabulary).to(self.device)
             self.model(task.name, batch)
+        if self.n_processes > 1:                     # every process scored its share
+            metric = self.model.metrics[task.name]
+            sums = metric.sums.to(self.device)
+            dist.all_reduce(sums)
+            metric.sums = sums.cpu()
         return self.model.get_metrics(task.name, reset=True)
 
     # The history answers every question about progress, so nothing else about it is kept.
@@ -228,7 +238,8 @@ class MultiTaskTrainer:
         print(f"epoch {len(self.history):3d}  {seconds:5.1f} s   " + "  ".join(cells), flush=True)
 
     # What a run leaves on disk. The best weights are written before the checkpoint: a run that is
-    # killed between the two trains the epoch again and writes the same.
+    # killed between the two trains the epoch again and writes the same (on a CPU; a GPU may round
+    # its sums differently).
 
     def save(self):
         weights = self.model.state_dict()
@@ -255,8 +266,6 @@ class MultiTaskTrainer:
             self.optimizers[name].load_state_dict(checkpoint["optimizers"][name])
             self.schedules[name].load_state_dict(checkpoint["schedules"][name])
         self.steps, self.history = checkpoint["steps"], checkpoint["history"]
-        if self.rank == 0:
-            self.write_log()
 
     def results(self):
         """Final dev and test scores: each task from its own best weights, as in the paper, and all
@@ -292,7 +301,7 @@ class MultiTaskTrainer:
 
 def progress(text):
     """A line that the next one replaces, where somebody watches."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
@@ -304,14 +313,15 @@ def print_tasks(tasks, settings):
         unit = "documents" if task.whole_documents else "sentences"
         print(f"{task.name:5s} {sizes}  {unit} {n:9d} {p:16.3f}")
     for task in tasks:
-        rows = [row for d in task.data["train"] for row in [*getattr(d, task.key)]]
+        rows = [row for d in task.data["train"] for row in getattr(d, task.key)]
+        left, reason = 0, ""
         if task.key in ("ner", "emd"):
             left = sum(len(spans) - len(outermost(spans)) for spans in rows)
             reason = "overlap a longer one"
         elif task.key == "clusters":
             left = sum(end - start >= settings.max_span for cluster in rows for start, end in cluster)
             reason = f"have more than --max-span {settings.max_span} words"
-        if task.key != "relations" and left:
+        if left:
             print(f"{task.name}: {left} of {sum(map(len, rows))} training spans {reason}: not learned")
 
 
@@ -319,10 +329,11 @@ def print_results(results, tasks, history):
     print(f"\nF1 on test in percent: of each task's own best weights, and of the one model with the "
           f"best mean on dev (epoch {results['one_model_epoch']})\n")
     print("task   score        own best   one model   own best on dev")
-    for name, task in results["tasks"].items():
-        for score in [s for s in task["own_best"]["test"] if not s.endswith(("recall", "precision"))]:
-            print(f"{name:6s} {score:11s} {task['own_best']['test'][score]:9.2f}  "
-                  f"{task['one_model']['test'][score]:10.2f}  {task['own_best']['dev'][score]:16.2f}")
+    for name, row in results["tasks"].items():
+        own, one, dev = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
+        for score in [s for s in own if not s.endswith(("recall", "precision"))]:
+            print(f"{name:6s} {score:11s} {own[score]:9.2f}  {one[score]:10.2f}  "
+                  f"{dev.get(score, math.nan):16.2f}")
     print("\ntask     steps  passes over   best    dev then   dev at   dev scores, an epoch each\n"
           "                 its data   epoch               the end")
     for task in tasks:
@@ -457,20 +468,22 @@ def new_folder(tasks):
 
 
 def lock(folder):
-    """Refuses a second process in a run folder. SQLite locks files on every system, and the system
-    lets go of the lock when the process ends, however it ends."""
+    """Refuses a second process in a run folder; the lock holds as long as the result is kept.
+    SQLite locks files on every system, and the system unlocks them when the process ends, however
+    it ends."""
     connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
     try:
         connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        raise InputError(f"{folder}: another process trains in this folder ({error})") from None
+    except sqlite3.Error as error:
+        reason = "another process trains there" if "locked" in str(error) else f"lock: {error}"
+        raise InputError(f"{folder}: {reason}") from None
     return connection
 
 
 def data_folders(data, tasks):
     """{task name: folder or None} from --data DIR, or --data TASK=DIR ..."""
     folders = dict.fromkeys((task.name for task in tasks), None)
-    for item in data:
+    for item in sorted(data, key=lambda item: "=" in item):      # what is for all tasks first
         name, equals, folder = item.partition("=")
         if not equals:
             folders = dict.fromkeys(folders, item)
@@ -497,27 +510,27 @@ def device_of(name):
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:      # no such device, or torch without it
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0][:200]}") from None
 
 
 def build(settings, checkpoint=None):
     """(tasks with data, vocabulary, model) of a run's settings, on its device. With a checkpoint,
     the data must give the same labels and vocabulary."""
-    tasks = chosen_tasks(settings.tasks)
+    tasks, device = chosen_tasks(settings.tasks), device_of(settings.device)
+    folders = data_folders(settings.data, tasks)
     for task in tasks:
-        task.load_data(data_folders(settings.data, tasks)[task.name], settings.max_tokens)
+        task.load_data(folders[task.name], settings.max_tokens)
     labels = {task.name: task.labels() for task in tasks}
     torch.manual_seed(settings.seed)
     vectors = read_vectors(settings.vectors) if settings.vectors else None
     if vectors:
-        settings.word_dim = vectors[1].shape[1]
+        settings.word_dim = vectors[1].shape[1]          # the file's width wins
     vocabulary = Vocabulary.of([d for task in tasks for d in task.data["train"]],
                                vectors[0] if vectors else ())
     if checkpoint and (labels != checkpoint["labels"]
                        or vocabulary.state() != checkpoint["vocabulary"]):
         raise InputError("--resume: expected the training data and vectors of the run, found others")
-    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings,
-                                   vectors).to(device_of(settings.device))
+    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
 
 
 def predict(folder, path, as_json, device):
@@ -527,11 +540,15 @@ def predict(folder, path, as_json, device):
         settings = Settings(**checkpoint["settings"])
         vocabulary = Vocabulary(**checkpoint["vocabulary"])
         model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
+    with expecting_a_checkpoint(folder / "best.pt"):
         model.load_state_dict(load(folder / "best.pt"))
     model.to(device).eval()
     document = read_text(path)
     document = model.annotate(document, make_batch([document], vocabulary).to(device))
-    print(document.to_json()) if as_json else print_annotated(document)
+    if as_json:
+        print(document.to_json())
+    else:
+        print_annotated(document)
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -550,7 +567,7 @@ def parse(arguments):
     parser.add_argument("--json", action="store_true", help="predict JSON lines")
     choices = {"tasks": [task.name for task in tasks_in_order()],
                "schedule": ["proportional", "uniform", "successive"],
-               "sharing": ["hierarchical", "flat", "inverted", "latent"]}
+               "sharing": ["hierarchical", "flat", "inverted", "latent"]}   # of hmtl.layout
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         default = " ".join(f.default) if f.type is tuple else f.default
@@ -567,12 +584,14 @@ def check_settings(settings):
         value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
         if f.name.endswith("_encoder"):
             good, expected = re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), "LAYERSxUNITS, such as 2x64"
-        elif f.name in ("dropout", "unknown"):
-            good, expected = 0 <= value < 1 + (f.name == "unknown"), "a share from 0 to 1"
+        elif f.name == "dropout":
+            good, expected = 0 <= value < 1, "a share from 0 to below 1"
+        elif f.name == "unknown":
+            good, expected = 0 <= value <= 1, "a share from 0 to 1"
         elif f.name in ("seed", "lr_patience", "successive_delta"):
-            good, expected = 0 <= value < math.inf, "a number from 0 up"
+            good, expected = 0 <= value < 2 ** 63, "a number from 0 up to 2^63"
         elif f.type in (int, float):
-            good, expected = 0 < value < math.inf, "a number above 0"
+            good, expected = 0 < value < 2 ** 63, "a number above 0, up to 2^63"
         else:
             continue
         if not good:
@@ -602,15 +621,18 @@ def main(arguments=None):
         if (folder / "checkpoint.pt").exists():
             raise InputError(f"{folder}: holds a run; go on with --resume, or name another folder")
     check_settings(settings)
-    if "RANK" in os.environ:                                   # started by torchrun
-        dist.init_process_group("nccl" if device_of(settings.device).type == "cuda" else "gloo")
+    if "LOCAL_RANK" in os.environ:                             # started by torchrun
+        device = device_of(settings.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         names = [folder]
         dist.broadcast_object_list(names)
         folder = names[0]
     tasks, vocabulary, model = build(settings, checkpoint)
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)
+        held = lock(folder)                                    # until main returns
     else:
         sys.stdout = open(os.devnull, "w")                     # one process speaks
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
@@ -626,17 +648,18 @@ def main(arguments=None):
     try:
         trainer.train(settings.epochs)
         print_results(trainer.results(), tasks, trainer.history)
+        print_examples(model, tasks, vocabulary, trainer.device)
     except KeyboardInterrupt:
         raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
-    print_examples(model, tasks, vocabulary, trainer.device)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                   # screens that lack a character
     try:
         main()
-    except (InputError, Stopped) as error:
+    except (InputError, Stopped, KeyboardInterrupt, OSError) as error:
         progress("")
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {error or 'stopped'}", file=sys.stderr)
         sys.exit(2)
