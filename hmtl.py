@@ -165,8 +165,6 @@ class Encoder(nn.Module):
     within a sentence, and in the padding the state has nothing to move it from zero.
     """
 
-    GROUP = 32      # sentences that are padded to one length
-
     def __init__(self, width, shape, dropout):
         super().__init__()
         n_layers, units = map(int, shape.split("x"))
@@ -187,14 +185,12 @@ class Encoder(nn.Module):
                         nn.init.xavier_uniform_(gate)
                         gate[:, -1] = float(i == 1)              # the bias
 
-    def forward(self, x, mask):
-        """(B, T, D), (B, T) -> (B, T, 2 H), both zero on padding."""
-        if len(mask) > self.GROUP:        # a long document: sentences of like lengths together
-            order = mask.sum(1).argsort(stable=True)
-            groups = [(rows, int(mask[rows].sum(1).max())) for rows in order.split(self.GROUP)]
-            outputs = [F.pad(self(x[rows, :n], mask[rows, :n]), (0, 0, 0, mask.shape[1] - n))
-                       for rows, n in groups]
-            return torch.cat(outputs)[order.argsort()]
+    def forward(self, x, mask, groups=()):
+        """(B, T, D), (B, T) -> (B, T, 2 H), both zero on padding. groups: see `Batch`."""
+        if len(groups) > 1:
+            outputs = [F.pad(self(x[rows, :longest], mask[rows, :longest]),
+                             (0, 0, 0, mask.shape[1] - longest)) for rows, longest in groups]
+            return torch.cat(outputs)[torch.cat([rows for rows, _ in groups]).argsort()]
         for lstm in self.layers:
             x, _ = lstm(torch.cat([x, mask[:, :, None]], -1))
             x = x * keep(mask, self.width, self.dropout, self.training)
@@ -389,7 +385,7 @@ class CorefHead(nn.Module):
     """End-to-end coreference (Lee et al. 2017): every span of up to W words gets a mention score,
     the best are kept, and each kept span picks an antecedent among those before it, or none."""
 
-    ROWS = 16       # spans whose antecedents are scored at once
+    ROWS = 8        # spans whose antecedents are scored at once
 
     def __init__(self, width, word_width, settings):
         super().__init__()
@@ -557,7 +553,7 @@ class HMTL(nn.Module):
         def run(name):
             if name not in outputs:
                 x = torch.cat([words, *map(run, self.below[name])], 2)
-                outputs[name] = self.encoders[name](x, batch.mask)
+                outputs[name] = self.encoders[name](x, batch.mask, batch.groups)
             return outputs[name]
 
         def read(name):

@@ -489,10 +489,12 @@ class Batch:
     n_chars: torch.Tensor     # (U,) how many each has
     tokens: torch.Tensor      # (B, T) numbers of distinct words, 0 is padding
     mask: torch.Tensor        # (B, T) True on tokens, False on padding
+    groups: list              # [(rows of some sentences of like lengths, the longest length)]
 
     def to(self, device):
         return Batch(self.documents, self.lengths, *(x.to(device) for x in
-                     (self.words, self.chars, self.n_chars, self.tokens, self.mask)))
+                     (self.words, self.chars, self.n_chars, self.tokens, self.mask)),
+                     [(rows.to(device), longest) for rows, longest in self.groups])
 
 
 def make_batch(documents, vocabulary):
@@ -506,7 +508,13 @@ def make_batch(documents, vocabulary):
     arrays = (np.array([vocabulary.word_ids.get(word.lower(), 1) for word in distinct]),
               np.array([0, *chain.from_iterable(spellings)]),
               np.array([len(spelling) - 1 for spelling in spellings]), tokens, tokens > 0)
-    return Batch(documents, [len(row) for row in rows], *map(torch.from_numpy, arrays))
+    lengths = np.array([len(row) for row in rows])
+    # Where padding would be more than a third, as in a document, sentences of like lengths go
+    # through the LSTMs together: two to six times less work, and memory.
+    size = 8 if tokens.size > 1.5 * lengths.sum() else len(lengths)
+    groups = np.split(np.argsort(lengths, kind="stable"), range(size, len(lengths), size))
+    return Batch(documents, lengths.tolist(), *map(torch.from_numpy, arrays),
+                 [(torch.from_numpy(rows), int(lengths[rows].max())) for rows in groups])
 
 
 def read_vectors(path):

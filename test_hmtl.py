@@ -102,8 +102,13 @@ class EncoderTest(unittest.TestCase):
         mask = torch.arange(9) < torch.tensor([3, 9, 1, 4, 8, 2, 9])[:, None]
         x = torch.randn(7, 9, 5) * mask[:, :, None]
         whole = encoder(x, mask)
-        for encoder.GROUP in (1, 3):
-            torch.testing.assert_close(encoder(x, mask), whole)
+        groups = [(torch.tensor([5, 2]), 2), (torch.tensor([0, 3]), 4), (torch.tensor([4, 1, 6]), 9)]
+        torch.testing.assert_close(encoder(x, mask, groups), whole)
+        documents = [Document("d", [["a"] * n for n in (3, 9, 1, 4, 8, 2, 9, 1, 1, 30)])]
+        batch = make_batch(documents, Vocabulary.of(documents))
+        self.assertEqual(sorted(torch.cat([rows for rows, _ in batch.groups]).tolist()), list(range(10)))
+        self.assertTrue(all(max(batch.lengths[i] for i in rows) == n for rows, n in batch.groups))
+        self.assertEqual(len(batch.groups), 2)
 
 
 # -------------------------------------------------------------------------------------- the CRF
