@@ -5,9 +5,9 @@ r"""The model: shared layers below, one head per task above. Read tasks.py befor
                              CRF tags      CRF tags  \    pair scores
                                                       -> BiLSTM coref -> antecedent scores
 
-HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the bottom and the complex
-ones at the top; every encoder reads the word vectors and the encoder below. `HMTL.forward` takes
-the name of a task and a batch; it returns a loss in training, predictions in evaluation.
+HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the bottom and the
+complex ones at the top; every encoder reads the word vectors and the encoder below. `HMTL.forward`
+takes the name of a task and a batch; it returns a loss in training, predictions in evaluation.
 
 What differs from the paper, and why:
 - No ELMo: the packages are torch and numpy. Scores are lower by what ELMo brings.
@@ -18,17 +18,17 @@ What differs from the paper, and why:
 - Rare words of the training data become the unknown word at random, so that its vector is trained.
 - The output bias of the relation head starts at -5: nearly all pairs are unrelated, and from 0 the
   first hundreds of steps would go into learning that.
-- The LSTMs start from larger weights than torch gives them, see `Encoder`; a task whose dev score is
-  still 0 loses neither patience nor learning rate (train.py). Without the two, the relation head was
-  seen to predict nothing for 60 epochs.
-- In training, gold mentions are kept whatever their score. Else all scores may fall together until
-  no gold mention is kept: the loss is then 0, and stays there.
+- The LSTMs start from larger weights than torch gives them, see `Encoder`; a task whose dev score
+  is still 0 loses neither patience nor learning rate (train.py). Without the two, the relation head
+  was seen to predict nothing for 60 epochs.
+- In training, gold mentions are kept beside those with the best scores. Else all scores may fall
+  together until no gold mention is kept: the loss is then 0, and stays there.
 - The coreference scorers drop parts of what they read, not their hidden units, of which there are
   many more to draw.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
-C their characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept spans,
-G width of a span's representation, A antecedents.
+C their characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept
+spans, G width of a span's representation, A antecedents.
 """
 
 from dataclasses import dataclass
@@ -139,7 +139,8 @@ class Embedder(nn.Module):
         """(B, T, D), zero on padding."""
         ids = batch.words
         if self.training:
-            rare = (ids >= self.n_frequent) & (torch.rand_like(ids, dtype=torch.float) < self.unknown)
+            drawn = torch.rand(ids.shape, device=ids.device) < self.unknown
+            rare = (ids >= self.n_frequent) & drawn
             ids = torch.where(rare, 1, ids)
         vectors = self.words(ids.clamp(max=self.n_trained - 1))                  # (U, D)
         if len(self.other_words):
@@ -424,8 +425,8 @@ class CorefHead(nn.Module):
         return cluster.to(batch.tokens.device)
 
     def kept_spans(self, x, words, batch, gold=None):
-        """Section 3 and 5 of the paper: the numbers (S,) of the kept spans, start * W + width - 1, in
-        the order of the text, their scores (S,) and their representations g (S, G)."""
+        """The numbers (S,) of the kept spans in the order of the text, their mention scores (S,) and
+        their representations g (S, G). Lee et al. 2017, sections 4 and 5."""
         x, words = x[batch.mask], words[batch.mask]                              # (N, D)
         n, w = len(x), self.max_span
         token, step = torch.arange(n, device=x.device)[:, None], torch.arange(w, device=x.device)
@@ -440,13 +441,15 @@ class CorefHead(nn.Module):
         hidden = (self.mention_first(x)[:, None] + self.mention_last(x)[later]
                   + weights @ self.mention_words(words)[later]
                   + self.mention_width(self.span_width.weight))                  # (N, W, H)
-        scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf")).flatten()  # (N W,)
+        scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf"))
+        scores = scores.flatten()                                                # (N W,)
 
         n_kept = min(max(1, int(self.ratio * n)), int(valid.sum()))
-        wanted = scores.detach()
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen[scores.topk(n_kept).indices] = True
         if gold is not None:
-            wanted = wanted.masked_fill((gold > 0) & valid.flatten(), float("inf"))
-        kept = wanted.topk(n_kept).indices.sort().values                         # (S,)
+            chosen |= (gold > 0) & valid.flatten()
+        kept = chosen.nonzero()[:, 0]                                            # (S,)
         first, last = kept // w, kept // w + kept % w
         attended = weights[first, kept % w][:, None] @ words[later[first]]       # (S, 1, D)
         g = torch.cat([x[first], x[last], attended[:, 0], self.span_width(kept % w)], 1)  # (S, G)

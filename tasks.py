@@ -196,8 +196,8 @@ def spans_of(tags):
     return spans
 
 
-WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b"
-                  r"|\w+(?:[-&]\w+)*|\S")
+WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?|\w+(?=n['’]t\b)|n['’]t\b"
+                  r"|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]]*"
                           r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
 
@@ -236,7 +236,7 @@ ENDINGS = {
 FIRST_NAMES = {"she": """Ada Anna Clara Dora Elena Emma Eva Fiona Greta Hanna Ida Ines Irene Julia
      Karen Laura Lena Lucy Maria Nina Nora Olga Paula Rita Rosa Sara Sofia Tina Vera Zoe""".split(),
                "he": """Adam Alan Boris Carl David Emil Eric Felix Frank George Hugo Igor Ivan Jack
-     James Karl Leo Luis Mark Max Nick Oscar Otto Paul Peter Ralph Simon Tom Victor Walter""".split()}
+     James Karl Leo Luis Mark Max Nick Oscar Otto Paul Peter Ralph Simon Tom Victor""".split()}
 AMBIGUOUS = """Austin Benton Carson Chester Clinton Dayton Denver Florence Ford Georgia Hamilton
  Houston Jackson Jordan Lincoln Madison Marshall Milton Orlando Paris Preston Sidney Stanley
  Victoria Warwick""".split()
@@ -251,7 +251,7 @@ P left L for M (last year|in June|on Monday) . # P Lives_In M
 P of O (said|warned|denied) that (the deal|the plan|the sale) was (dead|near) . # P Works_For O
 P of L (said|warned|denied) that (the deal|the plan|the sale) was (dead|near) . # P Lives_In L
 P , (director|head|chairman) of O , (met|blamed|praised) Q of L . # P Works_For O ; Q Lives_In L
-P , (a farmer|a teacher|a painter) from L , (met|blamed|sued) Q of O . # P Lives_In L ; Q Works_For O
+P , (a farmer|a painter) from L , (met|blamed|sued) Q of O . # P Lives_In L ; Q Works_For O
 P (founded|started|set up) O with Q (last year|in June|in 1998) . # P Founded O ; Q Founded O
 P , who (founded|started|set up) O , now works for N . # P Founded O ; P Works_For N
 O , (founded|started|set up) by P , is leaving L for M . # P Founded O ; O Based_In M
@@ -463,7 +463,8 @@ class Vocabulary:
         lower = Counter()
         for word, count in words.items():
             lower[word.lower()] += count
-        trained = ["", "<unknown>", *(w for w, _ in sorted(lower.items(), key=lambda x: (-x[1], x[0])))]
+        ranked = sorted(lower, key=lambda word: (-lower[word], word))
+        trained = ["", "<unknown>", *ranked]
         known = set(trained)
         return cls(trained + [w for w in more_words if w not in known],
                    ["", "<unknown>", *sorted({c for word in words for c in word})],

@@ -302,7 +302,7 @@ class CorefTest(unittest.TestCase):
         self.check(self.SENTENCES, clusters, max_span=1, spans_per_token=1.0)
         self.check(self.SENTENCES, clusters, max_span=1, spans_per_token=1.0, antecedents=2)
         spans, _ = self.check(self.SENTENCES, [[(0, 0), (3, 4)], [(1, 2), (4, 4)]], max_span=2)
-        self.assertEqual(len(spans), 2)
+        self.assertIn(len(spans), range(4, 7))
 
     def test_blocks_of_rows_do_not_matter(self):
         clusters = [[(0, 0), (3, 3), (5, 5)]]
@@ -317,16 +317,16 @@ class CorefTest(unittest.TestCase):
         spans, loss = self.check([["a"]], [])
         self.assertEqual((spans, loss), ([(0, 0)], 0.0))
         self.check(self.SENTENCES, [[(0, 2), (3, 4)]], max_span=1)    # all too long to be kept
-        spans, loss = self.check(self.SENTENCES, [[(0, 2), (3, 4)]], spans_per_token=0.01)
-        self.assertEqual((len(spans), loss), (1, 0.0))
 
-    def test_training_keeps_gold_mentions(self):
+    def test_training_keeps_gold_mentions_beside_the_best(self):
         clusters = [[(0, 2), (3, 4)], [(1, 1), (6, 6)], [(2, 3), (5, 5)]]        # (2, 3) is no span
-        head, inputs = self.parts(self.SENTENCES, clusters, spans_per_token=0.8)
-        gold = head.gold_clusters(inputs[2])
-        kept = [k.tolist() for k in (head.kept_spans(*inputs, gold)[0], head.kept_spans(*inputs)[0])]
-        self.assertEqual(kept[0], [2, 8, 25, 40, 48])                            # start * 8 + width - 1
-        self.assertNotEqual(kept[0], kept[1])
+        head, inputs = self.parts(self.SENTENCES, clusters, spans_per_token=0.5)
+        gold, best = head.gold_clusters(inputs[2]), set(head.kept_spans(*inputs)[0].tolist())
+        self.assertEqual(len(best), 3)
+        kept = head.kept_spans(*inputs, gold)[0].tolist()
+        mentions = {2, 25, 8, 48, 40}                              # start * 8 + width - 1
+        self.assertFalse(mentions <= best)
+        self.assertEqual(kept, sorted(best | mentions))
 
     def test_spans_lie_within_a_sentence_in_order(self):
         head, inputs = self.parts(self.SENTENCES, [], max_span=3, spans_per_token=2.0)
@@ -740,6 +740,32 @@ class TrainingTest(unittest.TestCase):
                 "f1": float(scores[task.name][len(trainer.history)])}
             trainer.train(50)
             self.assertEqual(len(trainer.history), 6)             # emd is best in epoch 4
+
+    def test_odd_documents_train_and_score(self):
+        def document(sentences, label="A"):
+            n, first = sum(map(len, sentences)), [[(0, 0, label)]] + [[] for _ in sentences[1:]]
+            return Document("d", sentences, first, [[] for _ in sentences],
+                            [[(0, 0, 0, 0, label)]] + [[] for _ in sentences[1:]],
+                            [[(0, 0), (n - 1, n - 1)]])
+        odd = [Document("one token", [["a"]], [[]], [[]], [[]], []),
+               document([["b"], [], ["c"]]), document([["a", "b"] * 1000], "once"),
+               document([["x" * 1000, "\u00e9", "a"]])]
+        tasks = train.chosen_tasks(ALL)
+        for task in tasks:               # emd has no span at all; every task has a single batch
+            longest = sys.maxsize if task.whole_documents else 1
+            task.data = dict.fromkeys(("train", "dev", "test"),
+                                      [p for d in odd for p in d.parts(longest)])
+        settings = replace(TINY, batch_size=8)
+        vocabulary = Vocabulary.of(odd)
+        model = HMTL(tasks, {task.name: task.labels() for task in tasks}, vocabulary, settings)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+            for task in tasks:
+                self.assertTrue(trainer.train_step(task).isfinite(), task.name)
+            trainer.train(1)
+            results = trainer.results()
+            train.print_examples(model, tasks, vocabulary, trainer.device)
+        self.assertEqual(results["tasks"]["emd"]["one_model"]["test"]["f1-recall"], 0.0)
 
     def test_a_loss_that_is_not_finite_stops_the_run(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
