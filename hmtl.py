@@ -425,8 +425,8 @@ class CorefHead(nn.Module):
         return cluster.to(batch.tokens.device)
 
     def kept_spans(self, x, words, batch, gold=None):
-        """The numbers (S,) of the kept spans in the order of the text, their mention scores (S,) and
-        their representations g (S, G). Lee et al. 2017, sections 4 and 5."""
+        """The numbers (S,) of the kept spans in the order of the text, their mention scores (S,)
+        and their representations g (S, G). Lee et al. 2017, sections 4 and 5."""
         x, words = x[batch.mask], words[batch.mask]                              # (N, D)
         n, w = len(x), self.max_span
         token, step = torch.arange(n, device=x.device)[:, None], torch.arange(w, device=x.device)

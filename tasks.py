@@ -369,7 +369,7 @@ class Task:
         """
         sizes = {"train": self.builtin_size, "dev": 60, "test": 100}
         for number, (split, size) in enumerate(sizes.items()):
-            if folder is None:       # the tasks share dev and test documents, not training documents
+            if folder is None:       # the tasks share dev and test documents, not training's
                 seed = [number, *self.name.encode()] if split == "train" else [number]
                 documents = builtin_documents(size, np.random.default_rng(seed))
             else:
@@ -622,7 +622,7 @@ def max_assignment(value):
     for row in range(n):
         distance, came_from, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, dtype=bool)
         i, column, shortest = row, -1, 0.0
-        while i >= 0:                              # grow the tree of shortest paths to a free column
+        while i >= 0:                              # grow shortest paths until a column is free
             reduced = shortest + cost[i] - u[i] - v
             closer = ~done & (reduced < distance)
             distance[closer], came_from[closer] = reduced[closer], column

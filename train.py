@@ -113,7 +113,7 @@ class MultiTaskTrainer:
             factor=0.5, patience=settings.lr_patience, threshold=0)
             for task in tasks}
         self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
-        self.before = None            # values of the shared parameters at the end of the task before
+        self.before = None            # the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
         self.history = []             # per epoch: {"epoch", "loss", "dev", ...}; log.jsonl's lines
 
@@ -122,13 +122,14 @@ class MultiTaskTrainer:
         if self.rank == 0 and not self.history:
             self.save()                              # so that even the first epoch can be resumed
         elif self.rank == 0:
-            self.write_log()                         # a run killed behind save()'s checkpoint lacks it
+            self.write_log()                         # save() may have been killed before it
         while len(self.history) < n_epochs and not self.finished():
             started = time.time()
             losses = self.train_epoch(len(self.history))
             dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
             self.history.append({
-                "epoch": len(self.history) + 1, "steps": dict(self.steps), "loss": losses, "dev": dev,
+                "epoch": len(self.history) + 1, "steps": dict(self.steps),
+                "loss": losses, "dev": dev,
                 "lr": {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}})
             for task in self.tasks:
                 if any(self.dev_scores(task)):       # a task that has not taken off keeps its rate
@@ -138,7 +139,7 @@ class MultiTaskTrainer:
             self.print_epoch(time.time() - started)
 
     def train_epoch(self, epoch):
-        """As many steps as there are training batches in all. Returns the mean loss of each task."""
+        """As many steps as there are training batches in all. Returns each task's mean loss."""
         settings = self.settings
         rng = np.random.default_rng([settings.seed, epoch])
         torch.manual_seed(int(rng.integers(2 ** 63)) + self.rank)
@@ -188,7 +189,7 @@ class MultiTaskTrainer:
                                     alpha=2 * self.settings.successive_delta)
 
     def check(self, losses, epoch):
-        """Stops the run where a loss is not finite; not at every step, as a GPU would wait for it."""
+        """Stops the run where a loss is not finite. Called now and then: a GPU waits for it."""
         for name, values in losses.items():
             bad = (~torch.stack(values).isfinite()).nonzero() if values else []
             if len(bad):
@@ -220,8 +221,9 @@ class MultiTaskTrainer:
 
     def mean_scores(self):
         """Per epoch, the mean of the tasks' dev scores; what decreases counts negative."""
-        return np.mean([[-s if task.validation_metric_decreases else s for s in self.dev_scores(task)]
-                        for task in self.tasks], axis=0).tolist()
+        signs = [-1 if task.validation_metric_decreases else 1 for task in self.tasks]
+        return np.mean([sign * np.array(self.dev_scores(task))
+                        for sign, task in zip(signs, self.tasks)], axis=0).tolist()
 
     def finished(self):
         return bool(self.history) and all(
@@ -269,7 +271,7 @@ class MultiTaskTrainer:
 
     def results(self):
         """Final dev and test scores: each task from its own best weights, as in the paper, and all
-        from the one model with the best mean, whose weights stay loaded. Written to results.json."""
+        from the one model with the best mean, which stays loaded. Written to results.json."""
         results = {"settings": asdict(self.settings), "tasks": {}}
         if self.n_processes > 1:
             dist.barrier()                           # the first process has written the weights
@@ -319,15 +321,16 @@ def print_tasks(tasks, settings):
             left = sum(len(spans) - len(outermost(spans)) for spans in rows)
             reason = "overlap a longer one"
         elif task.key == "clusters":
-            left = sum(end - start >= settings.max_span for cluster in rows for start, end in cluster)
+            left = sum(end - start >= settings.max_span for row in rows for start, end in row)
             reason = f"have more than --max-span {settings.max_span} words"
         if left:
-            print(f"{task.name}: {left} of {sum(map(len, rows))} training spans {reason}: not learned")
+            print(f"{task.name}: not learned: {left} of {sum(map(len, rows))} training spans, "
+                  f"which {reason}")
 
 
 def print_results(results, tasks, history):
-    print(f"\nF1 on test in percent: of each task's own best weights, and of the one model with the "
-          f"best mean on dev (epoch {results['one_model_epoch']})\n")
+    print(f"\nF1 on test in percent: of each task's own best weights, and of the one model with "
+          f"the best mean on dev (epoch {results['one_model_epoch']})\n")
     print("task   score        own best   one model   own best on dev")
     for name, row in results["tasks"].items():
         own, one, dev = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
@@ -431,7 +434,7 @@ def write(path, content):
         os.replace(temporary, path)
     except OSError as error:                       # a full disk
         temporary.unlink(missing_ok=True)
-        raise Stopped(f"{path}: {error.strerror}; what the run had written before is whole") from None
+        raise Stopped(f"{path}: {error.strerror}; what the run wrote before is whole") from None
 
 
 @contextmanager
@@ -444,8 +447,8 @@ def expecting_a_checkpoint(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
-        raise InputError(f"{path}: expected a checkpoint of train.py, found a damaged or other file "
-                         f"({type(error).__name__})") from None
+        raise InputError(f"{path}: expected a checkpoint of train.py, found a damaged or other "
+                         f"file ({type(error).__name__})") from None
 
 
 def load(path, device="cpu"):
@@ -529,7 +532,7 @@ def build(settings, checkpoint=None):
                                vectors[0] if vectors else ())
     if checkpoint and (labels != checkpoint["labels"]
                        or vocabulary.state() != checkpoint["vocabulary"]):
-        raise InputError("--resume: expected the training data and vectors of the run, found others")
+        raise InputError("--resume: expected the run's training data and vectors, found others")
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
 
 
@@ -571,8 +574,8 @@ def parse(arguments):
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         default = " ".join(f.default) if f.type is tuple else f.default
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            choices=choices.get(f.name), help=f"default: {default or 'none'}", **many)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **many,
+                            choices=choices.get(f.name), help=f"default: {default or 'none'}")
     given = vars(parser.parse_args(arguments))
     other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
