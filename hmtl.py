@@ -15,7 +15,8 @@ What differs from the paper, and why:
   lower encoders then see what they see in the other tasks.
 - A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences.
   The 2018 code averaged relations over padding. Every result is independent of the batch.
-- Rare words of the training data become the unknown word at random, so that its vector is trained.
+- Words that only one training document has become the unknown word at random, so that its vector
+  is trained, and coreference learns to match names by their characters: it has not seen new ones.
 - The output bias of the relation head starts at -5: nearly all pairs are unrelated, and from 0 the
   first hundreds of steps would go into learning that.
 - The LSTMs start from larger weights than torch gives them, see `Encoder`; a task whose dev score
@@ -56,7 +57,7 @@ class Settings:
     rel_encoder: str = "3x64"
     coref_encoder: str = "1x200"
     dropout: float = 0.4               # on word vectors and on every layer's output
-    unknown: float = 0.5               # probability that a rare training word is made unknown
+    unknown: float = 0.5               # share of the words of one document only made unknown
     relation_units: int = 128          # hidden units of the relation head
     coref_units: int = 150             # hidden units of the mention and antecedent scorers
     max_span: int = 8                  # tokens in a coreference span

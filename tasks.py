@@ -275,9 +275,9 @@ In l , p (had no comment|gave a speech|met reporters) . #
 """.strip().splitlines()]
 
 
-def builtin_documents(n, rng):
+def builtin_documents(n, rng, name="news"):
     """n invented news documents, annotated for all four tasks, from a numpy random generator."""
-    return [builtin_document(f"news-{i}", rng) for i in range(n)]
+    return [builtin_document(f"{name}-{i}", rng) for i in range(n)]
 
 
 def builtin_document(key, rng):
@@ -370,8 +370,8 @@ class Task:
         sizes = {"train": self.builtin_size, "dev": 60, "test": 100}
         for number, (split, size) in enumerate(sizes.items()):
             if folder is None:       # the tasks share dev and test documents, not training's
-                seed = [number, *self.name.encode()] if split == "train" else [number]
-                documents = builtin_documents(size, np.random.default_rng(seed))
+                rng = np.random.default_rng([number, *(self.name.encode() * (split == "train"))])
+                documents = builtin_documents(size, rng, f"{self.name}-{split}")
             else:
                 documents = read_split(folder, split, self.key)
             longest = sys.maxsize
@@ -437,8 +437,8 @@ def read_split(folder, split, key):
 class Vocabulary:
     """Words (lower-cased) and characters with their numbers: 0 is padding, 1 the unknown.
 
-    `words`: first those of the training documents, the frequent before the rare (seen once), then
-    the words that only the vector file has. `n_frequent` and `n_trained` are where these end.
+    `words`: first those of the training documents, the frequent before the rare (in one document
+    only), then the words that only the vector file has. `n_frequent` and `n_trained` are where these end.
     """
     LONGEST = 40     # characters of a word that are read; a web address need not be read to its end
 
@@ -457,18 +457,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, documents, more_words=()):
-        # A sentence that several tasks train on counts once: else no word would be seen once.
-        sentences = {tuple(words) for d in documents for words in d.sentences}
-        words = Counter(chain.from_iterable(sentences))
-        lower = Counter()
-        for word, count in words.items():
-            lower[word.lower()] += count
-        ranked = sorted(lower, key=lambda word: (-lower[word], word))
+        # Counted are documents, not tokens: a name that one document repeats is new to any other.
+        seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
+        counts = Counter(word for _, word in {(key, word.lower()) for key, word in seen})
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
         trained = ["", "<unknown>", *ranked]
-        known = set(trained)
-        return cls(trained + [w for w in more_words if w not in known],
-                   ["", "<unknown>", *sorted({c for word in words for c in word})],
-                   2 + sum(count > 1 for count in lower.values()), len(trained))
+        return cls(trained + [w for w in more_words if w not in counts],
+                   ["", "<unknown>", *sorted({c for _, word in seen for c in word})],
+                   2 + sum(n > 1 for n in counts.values()), len(trained))
 
     def state(self):
         return {"words": self.words, "chars": self.chars, "n_frequent": self.n_frequent,

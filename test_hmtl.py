@@ -495,8 +495,8 @@ class ModelTest(unittest.TestCase):
         self.assertEqual(scores["strict"], 0.0)
 
     def test_rare_words_become_unknown_in_training_only(self):
-        document = Document("d", [["often", "once", "often"]])
-        vocabulary = Vocabulary.of([document, document], ["often", "vector"])
+        documents = [Document("d", [["often", "once", "Once"]]), Document("e", [["Often"]])]
+        vocabulary = Vocabulary.of(documents + documents, ["often", "vector"])
         self.assertEqual(vocabulary.words, ["", "<unknown>", "often", "once", "vector"])
         vectors = (["often", "vector"], np.array([[1, 2], [3, 4]], dtype=np.float32))
         settings = replace(TINY, unknown=1.0, word_dim=2)
