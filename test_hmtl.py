@@ -9,6 +9,7 @@ import copy
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -584,7 +585,8 @@ def train_20_steps(rank, n_processes, folder):
         dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_processes)
     tasks, vocabulary, model = tiny_model()
     model.double()                   # where a gradient is 0, Adam makes full steps out of rounding
-    trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
+    settings = replace(TINY, batch_size=5)                        # shares of 3 and 2
+    trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     model.train()
     for i in range(20):
         trainer.train_step(tasks[i % 4])
@@ -634,10 +636,12 @@ class TrainingTest(unittest.TestCase):
 
     def run_of(self, folder, *epochs):
         """Trains to each number of epochs in turn, every time from what is on disk."""
-        settings = replace(TINY, dropout=0.3, unknown=0.3)
+        settings = replace(TINY, dropout=0.3, unknown=0.3, lr=1e-2, lr_patience=0)
         for i, n in enumerate(epochs):
             tasks, vocabulary, model = tiny_model(settings=settings)
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+            real = trainer.evaluate          # above 0, so that the learning rates fall
+            trainer.evaluate = lambda *task: {k: v + 1 for k, v in real(*task).items()}
             if i:
                 trainer.restore(train.load(trainer.folder / "checkpoint.pt"))
             with contextlib.redirect_stdout(io.StringIO()):
@@ -776,6 +780,10 @@ class TrainingTest(unittest.TestCase):
             with self.assertRaisesRegex(train.Stopped, "ner is not finite at its step 4, in epoch 2"):
                 trainer.train(2)
             self.assertEqual(len(train.load(Path(folder) / "checkpoint.pt")["history"]), 1)
+            trainer.restore(train.load(Path(folder) / "checkpoint.pt"))
+            model.heads["ner"].emit.bias.register_hook(lambda gradient: gradient * math.inf)
+            with self.assertRaisesRegex(train.Stopped, "ner is not finite at its step 4, in epoch 2"):
+                trainer.train(2)
 
     def test_each_task_overfits_eight_sentences(self):
         settings = replace(TINY, ner_encoder="1x24", emd_encoder="1x24", rel_encoder="1x24",
