@@ -359,6 +359,7 @@ class Task:
     validation_metric_decreases: bool = False
     builtin_size: int = 0                         # training documents in the built-in corpus
     data: dict = field(default_factory=dict)      # "train", "dev", "test" -> documents
+    n_cut: int = 0                                # training documents that were too long
     plan: tuple = (None, None)                    # of which pass, and the batches of that pass
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
@@ -379,8 +380,10 @@ class Task:
                 longest = 1                           # so every sentence is a part of its own
             elif split == "train":
                 longest = max_tokens
-            self.data[split] = [part for d in documents if getattr(d, self.key) is not None
-                                for part in d.parts(longest)]
+            documents = [d for d in documents if getattr(d, self.key) is not None]
+            self.data[split] = [part for d in documents for part in d.parts(longest)]
+            if longest == max_tokens:
+                self.n_cut = sum(sum(map(len, d.sentences)) > max_tokens for d in documents)
             if not self.data[split]:
                 raise InputError(f"{folder}: expected {split} documents with the key "
                                  f"'{self.key}' for the task {self.name}, found none")

@@ -323,6 +323,9 @@ def print_tasks(tasks, settings):
         elif task.key == "clusters":
             left = sum(end - start >= settings.max_span for row in rows for start, end in row)
             reason = f"have more than --max-span {settings.max_span} words"
+        if task.n_cut:
+            print(f"{task.name}: cut: {task.n_cut} training documents longer than --max-tokens "
+                  f"{settings.max_tokens}")
         if left:
             print(f"{task.name}: not learned: {left} of {sum(map(len, rows))} training spans, "
                   f"which {reason}")
@@ -355,11 +358,12 @@ def sparkline(values, width=60):
 
 
 def print_examples(model, tasks, vocabulary, device, n=2):
-    """A few dev documents of every task: what was found, what was wrong, what was missed."""
+    """A few short dev documents of every task: what was found, wrong and missed."""
     model.eval()
     for task in tasks:
         print(f"\n{task.name}, dev: + right, ! wrong, - missed")
-        annotated = [d for d in task.data["dev"] if any(getattr(d, task.key))]
+        annotated = [d for d in task.data["dev"] if any(getattr(d, task.key))
+                     and sum(map(len, d.sentences)) < 100]
         for document in annotated[:n]:
             words = [w for s in document.sentences for w in s]
             found = model.annotate(document, make_batch([document], vocabulary).to(device))
