@@ -103,7 +103,8 @@ def parse_document(line, where, key):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected one JSON object a line, found {error}") from None
+        raise InputError(f"{where}: expected one JSON object a line, found text that is none "
+                         f"({error})") from None
     expect(isinstance(row, dict), where, "one JSON object a line", row)
     key = row.get("doc_key", key)
     expect(isinstance(key, str) and is_text(key), where, "a string as doc_key", key)
@@ -209,7 +210,7 @@ def read_text(path, longest=300):
     cuts = [0, *(m.end() for m in SENTENCE_END.finditer(text)), len(text)]
     sentences = [WORD.findall(text[a:b]) for a, b in zip(cuts, cuts[1:])]
     expect(any(sentences), path, "some text", text)
-    return Document(str(path), [words[i:i + longest] for words in sentences
+    return Document(Path(path).stem, [words[i:i + longest] for words in sentences
                                 for i in range(0, len(words), longest)])
 
 

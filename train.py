@@ -23,6 +23,7 @@ import os
 import re
 import sqlite3
 import sys
+import textwrap
 import time
 import zipfile
 from contextlib import contextmanager
@@ -579,7 +580,7 @@ def parse(arguments):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         default = " ".join(f.default) if f.type is tuple else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **many,
-                            choices=choices.get(f.name), help=f"default: {default or 'none'}")
+                            choices=choices.get(f.name), help=f"default: {'none' if default == '' else default}")
     given = vars(parser.parse_args(arguments))
     other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
@@ -646,12 +647,13 @@ def main(arguments=None):
     if checkpoint:
         with expecting_a_checkpoint(path):
             trainer.restore(checkpoint)
-    print(", ".join(f"{k} {v}" for k, v in asdict(settings).items()) + "\n")
+    values = {k: " ".join(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in values.items() if v != ""), 100) + "\n")
     print_tasks(tasks, settings)
     parameters = [sum(p.numel() for p in part.parameters()) for part in
                   (model.embedder, model.encoders, model.heads, model)]
     print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*parameters))
-    print(f"run folder: {folder}\n")
+    print(f"run folder: {folder}\n\ndev scores, * where they are the best so far")
     try:
         trainer.train(settings.epochs)
         print_results(trainer.results(), tasks, trainer.history)
