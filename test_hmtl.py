@@ -40,6 +40,11 @@ TINY = Settings(word_dim=8, char_dim=4, char_filters=6, ner_encoder="2x6", emd_e
                 coref_units=10, batch_size=4, epochs=3)
 
 
+def setUpModule():
+    torch.set_num_threads(1)             # in tiny models threads only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def tiny_tasks(names=ALL, n=12):
     """Built-in tasks cut to n training, dev and test documents, most of them with something in."""
     tasks = train.chosen_tasks(names)
