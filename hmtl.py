@@ -404,16 +404,19 @@ class CorefHead(nn.Module):
         self.mention_last = nn.Linear(width, units, bias=False)
         self.mention_words = nn.Linear(word_width, units, bias=False)
         self.mention_width = nn.Linear(feature, units, bias=False)
-        self.mention = nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(),
-                                     nn.Linear(units, 1))
+        self.mention = self.upper_layers(units)
         # So does that of the antecedent scorer: [span; antecedent; their product; distance].
         span = 2 * width + word_width + feature
         self.pair_span = nn.Linear(span, units)
         self.pair_antecedent = nn.Linear(span, units, bias=False)
         self.pair_product = nn.Linear(span, units, bias=False)
         self.pair_distance = nn.Linear(feature, units, bias=False)
-        self.pair = nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(),
-                                  nn.Linear(units, 1))
+        self.pair = self.upper_layers(units)
+
+    @staticmethod
+    def upper_layers(units):
+        """What a scorer has above its first layer: (..., H) -> (..., 1)."""
+        return nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(), nn.Linear(units, 1))
 
     def gold_clusters(self, batch):
         """For every span, at its number start * W + width - 1, the number of its cluster, from 1; 0

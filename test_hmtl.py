@@ -27,11 +27,11 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, RelationHead, Settings, Tagger, layout,
+from hmtl import (HIERARCHY, HMTL, Encoder, RelationHead, Settings, Tagger, layout,
                   outermost, with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed, builtin_documents,
                    ceaf_e, count_rows, make_batch, max_assignment, muc, plan_batches, read_columns,
-                   read_json, read_text, read_vectors, spans_of, tasks_in_order)
+                   read_json, read_text, read_vectors, spans_of)
 
 HERE = Path(__file__).parent
 ALL = ("ner", "emd", "rel", "coref")

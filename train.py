@@ -638,12 +638,11 @@ def main(arguments=None):
         dist.broadcast_object_list(names)
         folder = names[0]
     tasks, vocabulary, model = build(settings, checkpoint)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+    if trainer.rank == 0:
         held = lock(folder)                                    # until main returns
     else:
         sys.stdout = open(os.devnull, "w")                     # one process speaks
-    trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     if checkpoint:
         with expecting_a_checkpoint(path):
             trainer.restore(checkpoint)
