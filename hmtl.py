@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tasks import COREF_SCORES, Document, Scores, count_rows
+from tasks import COREF_SCORES, Document, Scores, count_rows, shifted
 
 
 @dataclass
@@ -639,8 +639,7 @@ class HMTL(nn.Module):
             if name != "coref":
                 rows, found, start = [], iter(found), 0
                 for words in document.sentences:
-                    rows.append([tuple(x if isinstance(x, str) else x + start for x in row)
-                                 for row in (next(found) if words else [])])
+                    rows.append([shifted(row, start) for row in (next(found) if words else [])])
                     start += len(words)
                 found = rows
             setattr(annotated, self.tasks[name].key, found)

@@ -61,12 +61,11 @@ class Document:
             size += n
 
     def part(self, kept, start, size):
-        def shift(row):
-            return tuple(x if isinstance(x, str) else x - start for x in row)
-        lists = [rows and [list(map(shift, rows[k])) for k in kept]
+        lists = [rows and [[shifted(row, -start) for row in rows[k]] for k in kept]
                  for rows in (self.ner, self.emd, self.relations)]
-        clusters = self.clusters and [[shift(m) for m in cluster if start <= m[0] < start + size]
-                                      for cluster in self.clusters]
+        clusters = self.clusters and [
+            [shifted(m, -start) for m in cluster if start <= m[0] < start + size]
+            for cluster in self.clusters]
         clusters = clusters and [cluster for cluster in clusters if len(cluster) > 1]
         return Document(self.key, [self.sentences[k] for k in kept], *lists, clusters)
 
@@ -75,6 +74,11 @@ class Document:
         row = {"doc_key": self.key, "sentences": self.sentences, "ner": self.ner, "emd": self.emd,
                "relations": self.relations, "clusters": self.clusters}
         return json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False)
+
+
+def shifted(row, n):
+    """A span or relation with n added to its offsets."""
+    return tuple(x if isinstance(x, str) else x + n for x in row)
 
 
 def expect(condition, where, expected, found):
@@ -210,6 +214,8 @@ def read_text(path, longest=300):
     cuts = [0, *(m.end() for m in SENTENCE_END.finditer(text)), len(text)]
     sentences = [WORD.findall(text[a:b]) for a, b in zip(cuts, cuts[1:])]
     expect(any(sentences), path, "some text", text)
+    if max(map(len, sentences)) > longest:
+        print(f"{path}: cut: text without an end of sentence for {longest} words", file=sys.stderr)
     return Document(Path(path).stem, [words[i:i + longest] for words in sentences
                                 for i in range(0, len(words), longest)])
 

@@ -953,7 +953,9 @@ class InputTest(unittest.TestCase):
             "Dr . Ada Kell left the U.S. in 1998 .".split(), "She 's ( now ) home !".split(),
             "She does n't".split(), "The end".split()])
         self.path.write_text("word " * 700)
-        self.assertEqual(list(map(len, read_text(self.path).sentences)), [300, 300, 100])
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(list(map(len, read_text(self.path).sentences)), [300, 300, 100])
+        self.assertIn("cut: text without an end of sentence for 300 words", said.getvalue())
         self.path.write_text(" \n")
         self.refused("some text", read_text, self.path)
 
