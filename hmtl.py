@@ -387,11 +387,29 @@ def with_spans(relations, spans):
 
 # --------------------------------------------------------------------------- coref: antecedents
 
+class PairProduct(torch.autograd.Function):
+    """(rows, 1, G), (columns, G), (H, G) -> (rows, columns, H): the products of all pairs through a
+    linear layer. Autograd would keep all products for the way back, two thirds of the memory of a
+    step; here they are made again."""
+
+    @staticmethod
+    def forward(ctx, rows, columns, weight):
+        ctx.save_for_backward(rows, columns, weight)
+        return (rows * columns) @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, columns, weight = ctx.saved_tensors
+        back = gradient @ weight                                     # (rows, columns, G)
+        return ((back * columns).sum(1, keepdim=True), (back * rows).sum(0),
+                gradient.flatten(0, 1).T @ (rows * columns).flatten(0, 1))
+
+
 class CorefHead(nn.Module):
     """End-to-end coreference (Lee et al. 2017): every span of up to W words gets a mention score,
     the best are kept, and each kept span picks an antecedent among those before it, or none."""
 
-    ROWS = 8        # spans whose antecedents are scored at once
+    ROWS = 4        # spans whose antecedents are scored at once
 
     def __init__(self, width, word_width, settings):
         super().__init__()
@@ -482,7 +500,7 @@ class CorefHead(nn.Module):
                    - torch.arange(columns.start, columns.stop, device=g.device))
             hidden = (as_span[rows, None] + as_antecedent[columns]
                       + F.embedding(torch.bucketize(gap, edges, right=True), distances)
-                      + self.pair_product(g[rows, None] * g[columns]))
+                      + PairProduct.apply(g[rows, None], g[columns], self.pair_product.weight))
             pairs = self.pair(hidden)[:, :, 0] + scores[rows, None] + scores[columns]
             pairs = pairs.masked_fill((gap < 1) | (gap > self.n_antecedents), float("-inf"))
             yield row, first, torch.cat([pairs.new_zeros(len(pairs), 1), pairs], 1)

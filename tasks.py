@@ -448,7 +448,8 @@ class Vocabulary:
     """Words (lower-cased) and characters with their numbers: 0 is padding, 1 the unknown.
 
     `words`: first those of the training documents, the frequent before the rare (in one document
-    only), then the words that only the vector file has. `n_frequent` and `n_trained` are where these end.
+    only), then the words that only the vector file has. `n_frequent` and `n_trained` are where the
+    frequent and the rare end.
     """
     LONGEST = 40     # characters of a word that are read; a web address need not be read to its end
 

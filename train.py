@@ -580,7 +580,8 @@ def parse(arguments):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         default = " ".join(f.default) if f.type is tuple else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **many,
-                            choices=choices.get(f.name), help=f"default: {'none' if default == '' else default}")
+                            choices=choices.get(f.name),
+                            help=f"default: {'none' if default == '' else default}")
     given = vars(parser.parse_args(arguments))
     other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
