@@ -11,12 +11,12 @@ takes the name of a task and a batch; it returns a loss in training, predictions
 
 What differs from the paper, and why:
 - No ELMo: the packages are torch and numpy. Scores are lower by what ELMo brings.
-- Sentences of a document are encoded side by side for coreference too, as in Lee et al. 2017: the
+- For coreference too every sentence of a document is encoded on its own, as in Lee et al. 2017: the
   lower encoders then see what they see in the other tasks.
 - A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences.
-  The 2018 code averaged relations over padding. Every result is independent of the batch.
-- Words that only one training document has become the unknown word at random, so that its vector
-  is trained, and coreference learns to match names by their characters: it has not seen new ones.
+  Every result is independent of the batch; the authors' code averaged relations over padding.
+- A word of only one training document is read as the unknown word half of the time. So the vector
+  of the unknown is trained, and coreference learns to match names by their characters.
 - The output bias of the relation head starts at -7: one pair and label in some thousand is true.
   From 0 the first hundreds of steps would go into learning that.
 - The LSTMs start from larger weights than torch gives them, see `Encoder`; a task whose dev score
@@ -28,8 +28,8 @@ What differs from the paper, and why:
   many more to draw.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
-C their characters, D input and H hidden width, K tags, R relation labels, W span widths, S kept
-spans, G width of a span's representation, A antecedents.
+C their characters, D width of what is read, H units of a layer, K tags, R relation labels, W span
+widths, S kept spans, G width of a span's representation, A antecedents.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Settings:
     rel_encoder: str = "3x64"
     coref_encoder: str = "1x200"
     dropout: float = 0.4               # on word vectors and on every layer's output
-    unknown: float = 0.5               # share of the words of one document only made unknown
+    unknown: float = 0.5               # probability that a word of one document is made unknown
     relation_units: int = 128          # hidden units of the relation head
     coref_units: int = 150             # hidden units of the mention and antecedent scorers
     max_span: int = 8                  # tokens in a coreference span
@@ -78,7 +78,7 @@ class Settings:
     device: str = ""
 
 
-# task -> the tasks below it, the nearest first; those not chosen are skipped
+# task -> the tasks below it, the nearest first; the first that is chosen feeds the task's encoder
 HIERARCHY = {"ner": [], "emd": ["ner"], "rel": ["emd", "ner"], "coref": ["emd", "ner"]}
 
 
@@ -105,10 +105,10 @@ def layout(sharing, tasks):
 
 # --------------------------------------------------------------------------------- shared layers
 
-def keep(mask, width, p, training):
-    """What to multiply (..., width) values with: 0 where mask (...) is and, in training, for a
-    share p of the others, counted in 256ths, and 1 / (1 - p) for the rest (dropout). Each random
-    number makes eight bytes, a byte for a value: an eighth of the time of F.dropout on a CPU."""
+def dropout_factors(mask, width, p, training):
+    """Dropout and padding: what to multiply (..., width) values with. 0 where mask (...) is False;
+    elsewhere 1, or in training 0 with probability p (in 256ths), else 1 / (1 - p). A random number
+    makes eight bytes, a byte for a value: an eighth of the time of F.dropout on a CPU."""
     if not training:
         return mask[..., None]
     numbers = torch.randint(-2 ** 63, 2 ** 63 - 1, (*mask.shape, width // 8 + 1),
@@ -127,9 +127,10 @@ class Embedder(nn.Module):
         self.n_frequent, self.n_trained = vocabulary.n_frequent, vocabulary.n_trained
         table = torch.randn(len(vocabulary.words), width) * 0.1
         table[0] = 0.0                                                           # padding
-        for word, vector in zip(*vectors or ([], [])):
-            table[vocabulary.word_ids[word]] = torch.from_numpy(vector)
-        self.words = nn.Embedding.from_pretrained(table[:self.n_trained], freeze=False,
+        if vectors:
+            words, values = vectors
+            table[[vocabulary.word_ids[word] for word in words]] = torch.from_numpy(values)
+        self.words = nn.Embedding.from_pretrained(table[:self.n_trained].clone(), freeze=False,
                                                   padding_idx=0)
         # Words that only the vector file has never get a gradient: they stay out of the optimizer.
         self.register_buffer("other_words", table[self.n_trained:].clone())
@@ -157,8 +158,8 @@ class Embedder(nn.Module):
         windows = batch.chars.unfold(0, 3, 1)[batch.chars[1:-1] > 0]             # (C, 3)
         shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
                                       lengths=batch.n_chars, initial=0.0)        # (U, D)
-        # A word is dropped alike wherever it stands in the batch: fewer numbers to draw.
-        features = torch.cat([vectors, shapes], 1) * keep(batch.n_chars > 0, self.width,
+        # Dropout is drawn once for each distinct word: fewer numbers to draw.
+        features = torch.cat([vectors, shapes], 1) * dropout_factors(batch.n_chars > 0, self.width,
                                                           self.dropout, self.training)
         return F.embedding(batch.tokens, features)                               # (B, T, D)
 
@@ -199,7 +200,7 @@ class Encoder(nn.Module):
             return torch.cat(outputs)[torch.cat([rows for rows, _ in groups]).argsort()]
         for lstm in self.layers:
             x, _ = lstm(torch.cat([x, mask[:, :, None]], -1))
-            x = x * keep(mask, self.width, self.dropout, self.training)
+            x = x * dropout_factors(mask, self.width, self.dropout, self.training)
         return x
 
 
@@ -277,9 +278,9 @@ class CRF(nn.Module):
 class Tagger(nn.Module):
     """Spans with labels as BIOUL tags: begin, inside, outside, unit (one word), last."""
 
-    def __init__(self, key, width, labels):
+    def __init__(self, annotation, width, labels):
         super().__init__()
-        self.key, self.names = key, ["f1"]
+        self.annotation, self.names = annotation, ["f1"]
         self.tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BIUL")]
         self.ids = {tag: i for i, tag in enumerate(self.tags)}
         self.emit = nn.Linear(width, len(self.tags))
@@ -291,10 +292,10 @@ class Tagger(nn.Module):
         states = [*self.tags, "O"]                                # the last is start and end
         self.crf = CRF(torch.tensor([[may_follow(a, b) for b in states] for a in states]))
 
-    def loss(self, x, words, batch):
+    def loss(self, x, embedded, batch):
         tags = np.zeros(batch.tokens.shape, dtype=np.int64)
         for row, document, length in zip(tags, batch.documents, batch.lengths):
-            row[:length] = self.tags_of(getattr(document, self.key)[0], length)
+            row[:length] = self.tags_of(getattr(document, self.annotation)[0], length)
         return self.crf.loss(self.emit(x), torch.from_numpy(tags).to(x.device), batch.mask).mean()
 
     def tags_of(self, spans, length):
@@ -309,7 +310,7 @@ class Tagger(nn.Module):
                                        + [self.ids[f"L-{label}"]])
         return tags
 
-    def decode(self, x, words, batch):
+    def decode(self, x, embedded, batch):
         """[(start, end, label)] for every sentence."""
         predictions = []
         tags = self.crf.decode(self.emit(x), batch.mask).tolist()
@@ -337,13 +338,14 @@ def outermost(spans):
 
 class RelationHead(nn.Module):
     """Multi-head selection (Bekoulis et al. 2018): for every pair of tokens i, j and every label,
-    sigmoid(V relu(U h_i + W h_j + b)), where i and j are the last tokens of the arguments."""
+    sigmoid(V relu(U h_i + W h_j + b)), where i and j are the last tokens of the arguments. U, W and
+    V are that paper's letters, here `first`, `second` and `label`."""
 
     def __init__(self, width, labels, settings):
         super().__init__()
         self.names, self.labels = ["last-token", "boundaries", "strict"], labels
         self.ids = {label: i for i, label in enumerate(labels)}
-        self.first = nn.Linear(width, settings.relation_units)               # U, b
+        self.first = nn.Linear(width, settings.relation_units)
         self.second = nn.Linear(width, settings.relation_units, bias=False)  # W
         self.label = nn.Linear(settings.relation_units, len(labels))         # V
         for layer in (self.first, self.second, self.label):
@@ -359,7 +361,7 @@ class RelationHead(nn.Module):
         second = self.second(x)[batch.mask].split(batch.lengths)
         return [self.label(F.relu(u[:, None] + w[None])) for u, w in zip(first, second)]
 
-    def loss(self, x, words, batch):
+    def loss(self, x, embedded, batch):
         """Binary cross-entropy, summed over the pairs: softplus(s) - s y, y = 1 where related."""
         scores = self.scores(x, batch)
         cells, offset = set(), 0          # a set: arguments of nested spans may share last tokens
@@ -371,7 +373,7 @@ class RelationHead(nn.Module):
         related = torch.tensor(sorted(cells), dtype=torch.long, device=x.device)
         return (F.softplus(logits).sum() - logits[related].sum()) / len(scores)
 
-    def decode(self, x, words, batch):
+    def decode(self, x, embedded, batch):
         """[(i, j, label)] for every sentence: the pairs of last tokens with probability > 1/2."""
         return [[(i, j, self.labels[r]) for i, j, r in (s > 0).nonzero().tolist()]
                 for s in self.scores(x, batch)]
@@ -427,7 +429,7 @@ class CorefHead(nn.Module):
         self.mention_words = nn.Linear(word_width, units, bias=False)
         self.mention_width = nn.Linear(feature, units, bias=False)
         self.mention = self.upper_layers(units)
-        # So does that of the antecedent scorer: [span; antecedent; their product; distance].
+        # The antecedent scorer's, likewise, reads [span; antecedent; their product; distance].
         span = 2 * width + word_width + feature
         self.pair_span = nn.Linear(span, units)
         self.pair_antecedent = nn.Linear(span, units, bias=False)
@@ -450,10 +452,10 @@ class CorefHead(nn.Module):
                     cluster[start * self.max_span + end - start] = i
         return cluster.to(batch.tokens.device)
 
-    def kept_spans(self, x, words, batch, gold=None):
+    def kept_spans(self, x, embedded, batch, gold=None):
         """The numbers (S,) of the kept spans in the order of the text, their mention scores (S,)
         and their representations g (S, G). Lee et al. 2017, sections 4 and 5."""
-        x, words = x[batch.mask], words[batch.mask]                              # (N, D)
+        x, embedded = x[batch.mask], embedded[batch.mask]                        # (N, D)
         n, w = len(x), self.max_span
         token, step = torch.arange(n, device=x.device)[:, None], torch.arange(w, device=x.device)
         sentence = torch.arange(len(batch.mask), device=x.device)[:, None].expand_as(batch.mask)
@@ -465,7 +467,7 @@ class CorefHead(nn.Module):
         weights = self.attention(x)[later, 0][:, None, :]                        # (N, 1, W)
         weights = weights.masked_fill(step > step[:, None], float("-inf")).softmax(2)  # (N, W, W)
         hidden = (self.mention_first(x)[:, None] + self.mention_last(x)[later]
-                  + weights @ self.mention_words(words)[later]
+                  + weights @ self.mention_words(embedded)[later]
                   + self.mention_width(self.span_width.weight))                  # (N, W, H)
         scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf"))
         scores = scores.flatten()                                                # (N W,)
@@ -477,9 +479,9 @@ class CorefHead(nn.Module):
             chosen |= (gold > 0) & valid.flatten()
         kept = chosen.nonzero()[:, 0]                                            # (S,)
         first, last = kept // w, kept // w + kept % w
-        attended = weights[first, kept % w][:, None] @ words[later[first]]       # (S, 1, D)
+        attended = weights[first, kept % w][:, None] @ embedded[later[first]]    # (S, 1, D)
         g = torch.cat([x[first], x[last], attended[:, 0], self.span_width(kept % w)], 1)  # (S, G)
-        dropout = keep(torch.ones_like(kept), g.shape[1], self.dropout, self.training)
+        dropout = dropout_factors(torch.ones_like(kept), g.shape[1], self.dropout, self.training)
         return kept, scores[kept], g * dropout
 
     def antecedent_scores(self, scores, g):
@@ -505,10 +507,10 @@ class CorefHead(nn.Module):
             pairs = pairs.masked_fill((gap < 1) | (gap > self.n_antecedents), float("-inf"))
             yield row, first, torch.cat([pairs.new_zeros(len(pairs), 1), pairs], 1)
 
-    def loss(self, x, words, batch):
+    def loss(self, x, embedded, batch):
         """Negative log of the probability of all correct antecedents, summed over kept spans."""
         gold = self.gold_clusters(batch)
-        kept, scores, g = self.kept_spans(x, words, batch, gold)
+        kept, scores, g = self.kept_spans(x, embedded, batch, gold)
         cluster = gold[kept]                                                     # (S,)
         loss = 0.0
         for row, first, pairs in self.antecedent_scores(scores, g):
@@ -521,9 +523,9 @@ class CorefHead(nn.Module):
                            - pairs.masked_fill(~correct, float("-inf")).logsumexp(1)).sum()
         return loss
 
-    def decode(self, x, words, batch):
+    def decode(self, x, embedded, batch):
         """Clusters of (start, end), of the one document of the batch."""
-        kept, scores, g = self.kept_spans(x, words, batch)
+        kept, scores, g = self.kept_spans(x, embedded, batch)
         best = []
         for _, first, pairs in self.antecedent_scores(scores, g):
             choice = pairs.argmax(1)
@@ -566,7 +568,7 @@ class HMTL(nn.Module):
             elif name == "rel":
                 self.heads[name] = RelationHead(width, labels[name], settings)
             else:
-                self.heads[name] = Tagger(task.key, width, labels[name])
+                self.heads[name] = Tagger(task.annotation, width, labels[name])
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads)) for name, reads
                                           in self.reads.items() if len(reads) > 1})
         # The tagger that gives relations their spans.
@@ -575,33 +577,33 @@ class HMTL(nn.Module):
                         for name in self.tasks}
 
     def encode(self, batch, tasks):
-        """Word vectors (B, T, D), and {task: what its head reads, (B, T, 2 H)}. Every encoder that
-        the tasks need runs once."""
-        words = self.embedder(batch)
+        """The embedder's output (B, T, D), and {task: what its head reads, (B, T, 2 H)}. Every
+        encoder that the tasks need runs once."""
+        embedded = self.embedder(batch)
         outputs = {}
 
         def run(name):
             if name not in outputs:
-                x = torch.cat([words, *map(run, self.below[name])], 2)
+                x = torch.cat([embedded, *map(run, self.below[name])], 2)
                 outputs[name] = self.encoders[name](x, batch.mask, batch.groups)
             return outputs[name]
 
-        def read(name):
+        def what_is_read(name):
             read = [run(t) for t in self.reads[name]]
             if len(read) == 1:
                 return read[0]
             width = max(x.shape[2] for x in read)              # the narrow ones end in zeros
             return sum(weight * F.pad(x, (0, width - x.shape[2]))
                        for weight, x in zip(self.mixtures[name].softmax(0), read))
-        return words, {name: read(name) for name in tasks}
+        return embedded, {name: what_is_read(name) for name in tasks}
 
     def forward(self, task_name, batch):
         """{"loss": scalar} in training. In evaluation {"predictions": list}, one entry a sentence
         (for coreference: the clusters of the document), and the task's metric is updated."""
         head = self.heads[task_name]
         if self.training:
-            words, outputs = self.encode(batch, [task_name])
-            return {"loss": head.loss(outputs[task_name], words, batch)}
+            embedded, outputs = self.encode(batch, [task_name])
+            return {"loss": head.loss(outputs[task_name], embedded, batch)}
         predictions = self.predict(batch, [task_name])
         self.update(task_name, batch, predictions)
         return {"predictions": predictions[task_name]}
@@ -612,8 +614,8 @@ class HMTL(nn.Module):
         tasks = list(tasks or self.tasks)
         if "rel" in tasks and self.tagger and self.tagger not in tasks:
             tasks.append(self.tagger)
-        words, outputs = self.encode(batch, tasks)
-        return {name: self.heads[name].decode(outputs[name], words, batch) for name in tasks}
+        embedded, outputs = self.encode(batch, tasks)
+        return {name: self.heads[name].decode(outputs[name], embedded, batch) for name in tasks}
 
     def update(self, task_name, batch, predictions):
         metric = self.metrics[task_name]
@@ -622,7 +624,8 @@ class HMTL(nn.Module):
                 metric.add(name, count(predictions["coref"], batch.documents[0].clusters))
             return
         for i, document in enumerate(batch.documents):
-            gold, found = getattr(document, self.tasks[task_name].key)[0], predictions[task_name][i]
+            found = predictions[task_name][i]
+            gold = getattr(document, self.tasks[task_name].annotation)[0]
             if task_name != "rel":
                 metric.add("f1", count_rows(found, gold))
                 continue
@@ -631,7 +634,7 @@ class HMTL(nn.Module):
                 spans = predictions[self.tagger][i]
                 found = with_spans(found, spans)
                 metric.add("boundaries", count_rows(found, gold))
-                gold_spans = getattr(document, self.tasks[self.tagger].key)
+                gold_spans = getattr(document, self.tasks[self.tagger].annotation)
                 if gold_spans is not None:
                     metric.add("strict", count_rows(with_types(found, spans),
                                                     with_types(gold, gold_spans[0])))
@@ -660,7 +663,7 @@ class HMTL(nn.Module):
                     rows.append([shifted(row, start) for row in (next(found) if words else [])])
                     start += len(words)
                 found = rows
-            setattr(annotated, self.tasks[name].key, found)
+            setattr(annotated, self.tasks[name].annotation, found)
         return annotated
 
 

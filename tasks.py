@@ -13,7 +13,8 @@ dev and test documents and cuts them into batches; `make_batch` turns documents 
 `Vocabulary`. The scores at the end are those of the official scorers, on plain Python spans.
 
 A span is (start, end) in tokens, the end inclusive. Every F1 here is built from four sums
-[hits among predicted, predicted, hits among gold, gold], added over documents before any division.
+[hits among predicted, predicted, hits among gold, gold], added over documents before any division;
+the two hits differ for coreference only.
 """
 
 import json
@@ -37,7 +38,7 @@ class InputError(Exception):
 
 @dataclass
 class Document:
-    """Sentences and their annotations; None where an annotation is absent, [] where nothing is.
+    """Sentences and their annotations: None is not annotated, an empty list is none there.
 
     Offsets count tokens from the start of the document. Per sentence: `ner` and `emd` hold
     (start, end, label), `relations` (start1, end1, start2, end2, label). Per document: `clusters`
@@ -55,16 +56,17 @@ class Document:
         sentence stays whole), with offsets of their own; empty sentences are left out."""
         first, start, size = 0, 0, 0
         for i, n in enumerate([*map(len, self.sentences), math.inf]):
-            if size and size + n > max_tokens:
+            if size and size + n > max_tokens:                  # the inf closes the last part
                 yield self.part([k for k in range(first, i) if self.sentences[k]], start, size)
                 first, start, size = i, start + size, 0
             size += n
 
     def part(self, kept, start, size):
+        """The sentences with the numbers in kept, which lie in the size tokens from start."""
         lists = [rows and [[shifted(row, -start) for row in rows[k]] for k in kept]
                  for rows in (self.ner, self.emd, self.relations)]
         clusters = self.clusters and [
-            [shifted(m, -start) for m in cluster if start <= m[0] < start + size]
+            [shifted(m, -start) for m in cluster if start <= m[0] and m[1] < start + size]
             for cluster in self.clusters]
         clusters = clusters and [cluster for cluster in clusters if len(cluster) > 1]
         return Document(self.key, [self.sentences[k] for k in kept], *lists, clusters)
@@ -107,7 +109,7 @@ def parse_document(line, where, key):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected one JSON object a line, found text that is none "
+        raise InputError(f"{where}: expected one JSON object a line, found text that is not "
                          f"({error})") from None
     expect(isinstance(row, dict), where, "one JSON object a line", row)
     key = row.get("doc_key", key)
@@ -160,17 +162,18 @@ def is_text(string):
     return not any("\ud800" <= c <= "\udfff" for c in string)
 
 
-def read_columns(path, key):
+def read_columns(path, annotation):
     """Documents of one sentence from columns: word first, tag last, a blank line after a sentence.
 
-    Tags are BIO, BIOES or BIOUL, and become the annotation `key`. `-DOCSTART-` lines are skipped.
+    Tags are BIO, BIOES or BIOUL, and become that annotation, `ner` or `emd`. `-DOCSTART-` lines are
+    skipped.
     """
     documents, words, tags = [], [], []
     for n, line in enumerate([*read_lines(path), ""], 1):
         line = line.strip("\r\n \t")
         if not line and words:
             name = f"{path}:{n - len(words)}"
-            documents.append(Document(name, [words], **{key: [spans_of(tags)]}))
+            documents.append(Document(name, [words], **{annotation: [spans_of(tags)]}))
             words, tags = [], []
         elif line and not line.startswith("-DOCSTART-"):
             columns = line.split("\t") if "\t" in line else line.split()
@@ -201,7 +204,7 @@ def spans_of(tags):
     return spans
 
 
-WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?|\w+(?=n['’]t\b)|n['’]t\b"
+WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?(?!\w)|\w+(?=n['’]t\b)|n['’]t\b"
                   r"|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]]*"
                           r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
@@ -227,7 +230,8 @@ def read_text(path, longest=300):
 # type: only the sentence tells. "P of X" is a job where X is an organisation, a home where it is a
 # place: finding the relation takes knowing the type, which the small relation set alone does not
 # teach. "P left O for N" makes a relation with one of two organisations: the types alone do not
-# tell. Relations hold between names; pronouns and nominals refer back where that is unambiguous.
+# tell. Relations hold between names. Pronouns refer back where gender leaves one candidate,
+# nominals to somebody of their type.
 
 STEMS = """ab al an ar bal bel ber bor bran cal car cor dal dan del dor dun el er fal fen for gal
  gar gor hal har hol il jan jor kal kel kir kor lam len lin lor mal mar mel mor nal nar nel nor ol
@@ -356,18 +360,18 @@ def builtin_document(key, rng):
 class Task:
     """One task: its annotation, the dev score that training watches, and its documents.
 
-    `key` is the annotation in a Document. Tasks of sentences see each sentence as a document of
-    its own; a task of `whole_documents` sees a document at a time.
+    `annotation` is the name of its field of a Document. Tasks of sentences see each sentence as a
+    document of its own; a task of `whole_documents` sees a document at a time.
     """
     name: str
-    key: str
+    annotation: str
     validation_metric_name: str
     whole_documents: bool = False
     validation_metric_decreases: bool = False
     builtin_size: int = 0                         # training documents in the built-in corpus
     data: dict = field(default_factory=dict)      # "train", "dev", "test" -> documents
     n_cut: int = 0                                # training documents that were too long
-    plan: tuple = (None, None)                    # of which pass, and the batches of that pass
+    plan: tuple = (None, None)                    # (which pass over the data, its batches)
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them where there is none.
@@ -377,32 +381,36 @@ class Task:
         """
         sizes = {"train": self.builtin_size, "dev": 60, "test": 100}
         for number, (split, size) in enumerate(sizes.items()):
-            if folder is None:       # the tasks share dev and test documents, not training's
+            if folder is None:   # the tasks share dev and test documents; each has its own to train
                 rng = np.random.default_rng([number, *(self.name.encode() * (split == "train"))])
                 documents = builtin_documents(size, rng, f"{self.name}-{split}")
             else:
-                documents = read_split(folder, split, self.key)
-            longest = sys.maxsize
-            if not self.whole_documents:
-                longest = 1                           # so every sentence is a part of its own
-            elif split == "train":
-                longest = max_tokens
-            documents = [d for d in documents if getattr(d, self.key) is not None]
+                documents = read_split(folder, split, self.annotation)
+            longest = 1                               # so every sentence is a part of its own
+            if self.whole_documents:
+                longest = max_tokens if split == "train" else sys.maxsize
+            documents = [d for d in documents if getattr(d, self.annotation) is not None]
             self.data[split] = [part for d in documents for part in d.parts(longest)]
-            if longest == max_tokens:
+            if self.whole_documents and split == "train":
                 self.n_cut = sum(sum(map(len, d.sentences)) > max_tokens for d in documents)
             if not self.data[split]:
                 raise InputError(f"{folder}: expected {split} documents with the key "
-                                 f"'{self.key}' for the task {self.name}, found none")
+                                 f"'{self.annotation}' for the task {self.name}, found none")
 
     def labels(self):
         """The labels of the training documents, sorted; coreference has none."""
-        rows = [] if self.whole_documents else [getattr(d, self.key)[0] for d in self.data["train"]]
-        return sorted({row[-1] for spans in rows for row in spans})
+        if self.whole_documents:
+            return []
+        return sorted({row[-1] for d in self.data["train"]
+                       for row in getattr(d, self.annotation)[0]})
+
+    def batch_size(self, size):
+        """size sentences; a whole document is a batch."""
+        return 1 if self.whole_documents else size
 
     def n_batches(self, size):
-        """Training batches in one pass over the data; a whole document is a batch."""
-        return math.ceil(len(self.data["train"]) / (1 if self.whole_documents else size))
+        """Training batches in one pass over the data."""
+        return math.ceil(len(self.data["train"]) / self.batch_size(size))
 
     def batch(self, n, size, seed):
         """The documents of training batch number n = 0, 1, ...: a function of its arguments, so a
@@ -411,8 +419,7 @@ class Task:
         if self.plan[0] != (epoch, size, seed):       # a plan holds for a pass over the data
             lengths = [sum(map(len, d.sentences)) for d in self.data["train"]]
             rng = np.random.default_rng([seed, *self.name.encode(), epoch])
-            self.plan = (epoch, size, seed), plan_batches(
-                lengths, 1 if self.whole_documents else size, rng)
+            self.plan = (epoch, size, seed), plan_batches(lengths, self.batch_size(size), rng)
         return [self.data["train"][i] for i in self.plan[1][n]]
 
 
@@ -431,13 +438,13 @@ def plan_batches(lengths, size, rng):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def read_split(folder, split, key):
+def read_split(folder, split, annotation):
     for ending in (".json", ".jsonl", ".conll", ".txt", ".bio"):
         path = Path(folder) / (split + ending)
         if path.is_file():
             if ending in (".json", ".jsonl"):
                 return read_json(path)
-            return read_columns(path, key) if key in ("ner", "emd") else []
+            return read_columns(path, annotation) if annotation in ("ner", "emd") else []
     raise InputError(f"{folder}: expected a file {split}.json, .jsonl, .conll, .txt or .bio, "
                      "found none")
 

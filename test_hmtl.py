@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from hmtl import (CRF, HIERARCHY, HMTL, Encoder, PairProduct, RelationHead, Settings, Tagger, keep,
-                  layout, outermost, with_spans, with_types)
+from hmtl import (CRF, HIERARCHY, HMTL, Encoder, PairProduct, RelationHead, Settings, Tagger,
+                  dropout_factors, layout, outermost, with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed,
                    builtin_documents, ceaf_e, count_rows, make_batch, max_assignment, muc,
                    plan_batches, read_columns, read_json, read_text, read_vectors, spans_of)
@@ -129,7 +129,7 @@ class DropoutTest(unittest.TestCase):
         mask[:, 30:] = False
         for width, p in [(13, 0.5), (64, 0.75), (8, 0.0)]:
             torch.manual_seed(0)
-            factors = keep(mask, width, p, training=True)
+            factors = dropout_factors(mask, width, p, training=True)
             self.assertEqual(factors.shape, (50, 40, width))
             self.assertEqual(factors[:, 30:].abs().sum(), 0)
             inside = factors[:, :30].double()
@@ -137,7 +137,7 @@ class DropoutTest(unittest.TestCase):
             self.assertEqual(inside.unique().tolist(), values)
             share = (inside == 0).double().mean((0, 1))          # of 1,500 draws a column
             torch.testing.assert_close(share, torch.full_like(share, p), atol=0.06, rtol=0)
-        torch.testing.assert_close(keep(mask, 13, 0.5, training=False), mask[:, :, None])
+        torch.testing.assert_close(dropout_factors(mask, 13, 0.5, training=False), mask[:, :, None])
 
 
 class CRFTest(unittest.TestCase):
@@ -449,7 +449,7 @@ class ModelTest(unittest.TestCase):
                 document = Document("d", [["Ada", "Kell"], [], ["left", "."]])
                 found = model.annotate(document, make_batch([document], vocabulary))
                 for task in tasks:
-                    self.assertIsNotNone(getattr(found, task.key))
+                    self.assertIsNotNone(getattr(found, task.annotation))
                 self.assertEqual(json.loads(found.to_json())["sentences"], document.sentences)
 
     def test_gradient_reach(self):
@@ -836,7 +836,7 @@ class TrainingTest(unittest.TestCase):
             if name == "coref":                                   # two documents, 10 sentences
                 documents = documents[:2]
             else:
-                documents = [d for d in documents if getattr(d, task.key)[0]][:8]
+                documents = [d for d in documents if getattr(d, task.annotation)[0]][:8]
             size = 1 if task.whole_documents else 8
             batches = [make_batch(documents[i:i + size], vocabulary)
                        for i in range(0, len(documents), size)]

@@ -10,9 +10,9 @@ proportional to its batches (`choose_task`), take its next batch, one step of th
 optimizer over the whole model. After every epoch every task is scored on its dev documents; the
 best weights of each task, and of the best mean, are kept; training ends when no task improves.
 
-A run is a function of its settings: every epoch seeds itself from (seed, epoch) and batch number n
-of a task is `Task.batch(n)`. So the checkpoint needs no generator states, and a resumed run equals
-an uninterrupted one bit for bit (on a CPU, with as many threads).
+A run is a function of its settings: every epoch seeds itself from (seed, epoch), and batch number
+n of a task is a function of (seed, n), `Task.batch`. So the checkpoint needs no generator states,
+and a resumed run equals an uninterrupted one bit for bit (on a CPU, with as many threads).
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hmtl import HMTL, Settings, outermost
+from hmtl import HIERARCHY, HMTL, Settings, outermost
 from tasks import (InputError, Vocabulary, make_batch, read_text, read_vectors,
                    tasks_in_order)
 
@@ -104,12 +104,13 @@ class MultiTaskTrainer:
         self.parallel = model
         if dist.is_initialized():
             self.rank, self.n_processes = dist.get_rank(), dist.get_world_size()
-            self.parallel = DistributedDataParallel(model, find_unused_parameters=True)
+            self.parallel = DistributedDataParallel(model, find_unused_parameters=True,
+                                                    forward_sync_buffers=False)
         # One optimizer per task, each over the whole model: Adam divides by the size of a task's
-        # own gradients, so the scale of its loss does not matter.
+        # own gradients, so that no task needs a weight for its loss.
         self.optimizers = {task.name: torch.optim.Adam(model.parameters(), settings.lr, fused=True)
                            for task in tasks}
-        self.schedules = {task.name: torch.optim.lr_scheduler.ReduceLROnPlateau(
+        self.lr_schedulers = {task.name: torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizers[task.name], "min" if task.validation_metric_decreases else "max",
             factor=0.5, patience=settings.lr_patience, threshold=0)
             for task in tasks}
@@ -120,10 +121,8 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch number n_epochs, or until every task's patience is at its end."""
-        if self.rank == 0 and not self.history:
-            self.save()                              # so that even the first epoch can be resumed
-        elif self.rank == 0:
-            self.write_log()                         # save() may have been killed before it
+        if self.rank == 0:      # so that the first epoch can be resumed; and save() may have been
+            self.save()         # killed before it wrote the log
         while len(self.history) < n_epochs and not self.finished():
             started = time.time()
             losses = self.train_epoch(len(self.history))
@@ -134,13 +133,13 @@ class MultiTaskTrainer:
                 "lr": {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}})
             for task in self.tasks:
                 if any(self.dev_scores(task)):       # a task that has not taken off keeps its rate
-                    self.schedules[task.name].step(self.dev_scores(task)[-1])
+                    self.lr_schedulers[task.name].step(self.dev_scores(task)[-1])
             if self.rank == 0:
                 self.save()
             self.print_epoch(time.time() - started)
 
     def train_epoch(self, epoch):
-        """As many steps as there are training batches in all. Returns each task's mean loss."""
+        """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
         settings = self.settings
         rng = np.random.default_rng([settings.seed, epoch])
         torch.manual_seed(int(rng.integers(2 ** 63)) + self.rank)
@@ -157,11 +156,11 @@ class MultiTaskTrainer:
             if step % 20 == 0 or step == len(plan) - 1:
                 self.check(losses, epoch)
                 progress(f"epoch {epoch + 1}: step {step + 1} of {len(plan)}")
-        means = torch.tensor([torch.stack(x).mean() if x else 0.0 for x in losses.values()])
+        drawn = [name for name in losses if losses[name]]
+        means = torch.stack([torch.stack(losses[name]).mean() for name in drawn])
         if self.n_processes > 1:
-            means = means.to(self.device)
             dist.all_reduce(means)
-        return dict(zip(losses, (means / self.n_processes).tolist()))
+        return dict(zip(drawn, (means / self.n_processes).tolist()))
 
     def train_step(self, task):
         """One step on the task's next batch; the loss, as a tensor."""
@@ -204,7 +203,7 @@ class MultiTaskTrainer:
         self.model.eval()
         documents = sorted(task.data[split], key=lambda d: sum(map(len, d.sentences)))
         documents = documents[self.rank::self.n_processes]
-        size = 1 if task.whole_documents else self.settings.batch_size
+        size = task.batch_size(self.settings.batch_size)
         for i in range(0, len(documents), size):
             batch = make_batch(documents[i:i + size], self.vocabulary).to(self.device)
             self.model(task.name, batch)
@@ -256,7 +255,7 @@ class MultiTaskTrainer:
             "settings": asdict(self.settings), "labels": labels,
             "vocabulary": self.vocabulary.state(), "model": weights, "steps": self.steps,
             "optimizers": {name: x.state_dict() for name, x in self.optimizers.items()},
-            "schedules": {name: x.state_dict() for name, x in self.schedules.items()},
+            "lr_schedulers": {name: x.state_dict() for name, x in self.lr_schedulers.items()},
             "history": self.history})
         self.write_log()
 
@@ -267,7 +266,7 @@ class MultiTaskTrainer:
         self.model.load_state_dict(checkpoint["model"])
         for name in self.optimizers:
             self.optimizers[name].load_state_dict(checkpoint["optimizers"][name])
-            self.schedules[name].load_state_dict(checkpoint["schedules"][name])
+            self.lr_schedulers[name].load_state_dict(checkpoint["lr_schedulers"][name])
         self.steps, self.history = checkpoint["steps"], checkpoint["history"]
 
     def results(self):
@@ -316,12 +315,12 @@ def print_tasks(tasks, settings):
         unit = "documents" if task.whole_documents else "sentences"
         print(f"{task.name:5s} {sizes}  {unit} {n:9d} {p:16.3f}")
     for task in tasks:
-        rows = [row for d in task.data["train"] for row in getattr(d, task.key)]
+        rows = [row for d in task.data["train"] for row in getattr(d, task.annotation)]
         left, reason = 0, ""
-        if task.key in ("ner", "emd"):
+        if task.annotation in ("ner", "emd"):
             left = sum(len(spans) - len(outermost(spans)) for spans in rows)
             reason = "overlap a longer one"
-        elif task.key == "clusters":
+        elif task.annotation == "clusters":
             left = sum(end - start >= settings.max_span for row in rows for start, end in row)
             reason = f"have more than --max-span {settings.max_span} words"
         if task.n_cut:
@@ -332,7 +331,7 @@ def print_tasks(tasks, settings):
                   f"which {reason}")
 
 
-def print_results(results, tasks, history):
+def print_results(trainer, results):
     print(f"\nF1 on test in percent: of each task's own best weights, and of the one model with "
           f"the best mean on dev (epoch {results['one_model_epoch']})\n")
     print("task   score        own best   one model   own best on dev")
@@ -341,21 +340,21 @@ def print_results(results, tasks, history):
         for score in [s for s in own if not s.endswith(("recall", "precision"))]:
             print(f"{name:6s} {score:11s} {own[score]:9.2f}  {one[score]:10.2f}  "
                   f"{dev.get(score, math.nan):16.2f}")
-    print("\ntask     steps  passes over   best    dev then   dev at   dev scores, an epoch each\n"
+    print("\ntask     steps  passes over   best    dev then   dev at   dev scores over the epochs\n"
           "                 its data   epoch               the end")
-    for task in tasks:
+    for task in trainer.tasks:
         row = results["tasks"][task.name]
-        scores = [h["dev"][task.name][task.validation_metric_name] for h in history]
         print(f"{task.name:5s} {row['steps']:8d} {row['passes']:12.1f} {row['best_epoch']:6d} "
-              f"{row['best_dev']:11.2f} {row['last_dev']:8.2f}   {sparkline(scores)}")
+              f"{row['best_dev']:11.2f} {row['last_dev']:8.2f}   "
+              f"{sparkline(trainer.dev_scores(task))}")
     for name, weights in results["mixtures"].items():
         print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
 
 
 def sparkline(values, width=60):
     """Values in 0 to 100 as a row of blocks, at most width of them."""
-    step = max(1, math.ceil(len(values) / width))
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(v / 12.5))] for v in values[::step])
+    shown = np.linspace(0, len(values) - 1, min(len(values), width)).round().astype(int)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(values[i] / 12.5))] for i in shown)
 
 
 def print_examples(model, tasks, vocabulary, device, n=2):
@@ -363,12 +362,12 @@ def print_examples(model, tasks, vocabulary, device, n=2):
     model.eval()
     for task in tasks:
         print(f"\n{task.name}, dev: + right, ! wrong, - missed")
-        annotated = [d for d in task.data["dev"] if any(getattr(d, task.key))
+        annotated = [d for d in task.data["dev"] if any(getattr(d, task.annotation))
                      and sum(map(len, d.sentences)) < 100]
         for document in annotated[:n]:
             words = [w for s in document.sentences for w in s]
             found = model.annotate(document, make_batch([document], vocabulary).to(device))
-            rows = [getattr(d, task.key) for d in (found, document)]
+            rows = [getattr(d, task.annotation) for d in (found, document)]
             rows = rows if task.whole_documents else [r[0] for r in rows]
             found, gold = [{identity(task, row): row for row in r} for r in rows]
             print("  " + " ".join(words))
@@ -447,8 +446,6 @@ def expecting_a_checkpoint(path):
     """One line instead of the many kinds of errors that damaged or foreign files raise."""
     try:
         yield
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
@@ -460,8 +457,9 @@ def load(path, device="cpu"):
     """Tensors and plain values; weights_only: a file cannot run code. torch writes a zip file and
     does not look at its checksums when it reads it; so that no flipped bit passes, zipfile does."""
     with expecting_a_checkpoint(path):
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("checksum")
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("checksum")
         return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -524,6 +522,7 @@ def device_of(name):
 def build(settings, checkpoint=None):
     """(tasks with data, vocabulary, model) of a run's settings, on its device. With a checkpoint,
     the data must give the same labels and vocabulary."""
+    check_settings(settings)
     tasks, device = chosen_tasks(settings.tasks), device_of(settings.device)
     folders = data_folders(settings.data, tasks)
     for task in tasks:
@@ -543,13 +542,12 @@ def build(settings, checkpoint=None):
 
 def predict(folder, path, as_json, device):
     """Prints the document of raw text at path with everything that a run's one model finds."""
+    checkpoint, weights = load(folder / "checkpoint.pt"), load(folder / "best.pt")
     with expecting_a_checkpoint(folder / "checkpoint.pt"):
-        checkpoint = load(folder / "checkpoint.pt")
         settings = Settings(**checkpoint["settings"])
         vocabulary = Vocabulary(**checkpoint["vocabulary"])
         model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
-    with expecting_a_checkpoint(folder / "best.pt"):
-        model.load_state_dict(load(folder / "best.pt"))
+        model.load_state_dict(weights)
     model.to(device).eval()
     document = read_text(path)
     document = model.annotate(document, make_batch([document], vocabulary).to(device))
@@ -560,6 +558,10 @@ def predict(folder, path, as_json, device):
 
 
 # ------------------------------------------------------------------------------- the command line
+
+CHOICES = {"tasks": list(HIERARCHY), "schedule": ["proportional", "uniform", "successive"],
+           "sharing": ["hierarchical", "flat", "inverted", "latent"]}
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -573,17 +575,16 @@ def parse(arguments):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
     parser.add_argument("--predict", metavar="FILE", help="annotate raw text, - for standard input")
     parser.add_argument("--json", action="store_true", help="predict JSON lines")
-    choices = {"tasks": [task.name for task in tasks_in_order()],
-               "schedule": ["proportional", "uniform", "successive"],
-               "sharing": ["hierarchical", "flat", "inverted", "latent"]}   # of hmtl.layout
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         default = " ".join(f.default) if f.type is tuple else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **many,
-                            choices=choices.get(f.name),
+                            choices=CHOICES.get(f.name),
                             help=f"default: {'none' if default == '' else default}")
     given = vars(parser.parse_args(arguments))
     other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
+    if "tasks" in given:                                       # in the order of the hierarchy
+        given["tasks"] = [name for name in HIERARCHY if name in given["tasks"]]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 
@@ -591,7 +592,10 @@ def check_settings(settings):
     """Refuses values that no model can be built from."""
     for f in fields(settings):
         value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
-        if f.name.endswith("_encoder"):
+        if f.name in CHOICES:
+            values = value if f.type is tuple else [value]
+            good, expected = values and {*values} <= {*CHOICES[f.name]}, ", ".join(CHOICES[f.name])
+        elif f.name.endswith("_encoder"):
             good, expected = re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), "LAYERSxUNITS, such as 2x64"
         elif f.name == "dropout":
             good, expected = 0 <= value < 1, "a share from 0 to below 1"
@@ -622,14 +626,14 @@ def main(arguments=None):
             stored = asdict(Settings(**checkpoint["settings"]))
         for name, value in given.items():
             if value != stored[name] and name not in ("epochs", "patience", "device"):
-                raise InputError(f"--{name} {value}: this run has {stored[name]}")
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {value}: this run has {stored[name]}")
         settings = Settings(**stored | given)
     else:
         settings = Settings(**given)
         folder = folder or new_folder(settings.tasks)
         if (folder / "checkpoint.pt").exists():
             raise InputError(f"{folder}: holds a run; go on with --resume, or name another folder")
-    check_settings(settings)
     if "LOCAL_RANK" in os.environ:                             # started by torchrun
         device = device_of(settings.device)
         if device.type == "cuda":
@@ -656,7 +660,7 @@ def main(arguments=None):
     print(f"run folder: {folder}\n\ndev scores, * where they are the best so far")
     try:
         trainer.train(settings.epochs)
-        print_results(trainer.results(), tasks, trainer.history)
+        print_results(trainer, trainer.results())
         print_examples(model, tasks, vocabulary, trainer.device)
     except KeyboardInterrupt:
         raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
@@ -670,5 +674,5 @@ if __name__ == "__main__":
         main()
     except (InputError, Stopped, KeyboardInterrupt, OSError) as error:
         progress("")
-        print(f"train.py: {error or 'stopped'}", file=sys.stderr)
+        print(f"train.py: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
