@@ -1197,7 +1197,9 @@ def benchmark(rounds=6):
     from statistics import median
     from time import process_time as clock           # CPU time: other programs do not count
 
-    settings = Settings(vectors="")
+    # After some training nearly all gold mentions are among the 0.4 spans a token that are kept (all
+    # of SciERC's). The untrained scorer here keeps few of them, so that they come on top of 0.3.
+    settings = Settings(spans_per_token=0.3)
     tasks, everything, long_document = benchmark_tasks(np.random.default_rng(0))
     vocabulary = Vocabulary.of(everything)
     labels = {task.name: task.labels() for task in tasks}
