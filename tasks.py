@@ -110,7 +110,7 @@ def parse_document(line, where, key):
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected one JSON object a line, found text that is not "
-                         f"({error})") from None
+                         f"({getattr(error, 'msg', error)})") from None
     expect(isinstance(row, dict), where, "one JSON object a line", row)
     key = row.get("doc_key", key)
     expect(isinstance(key, str) and is_text(key), where, "a string as doc_key", key)
@@ -204,9 +204,9 @@ def spans_of(tags):
     return spans
 
 
-WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*%?(?!\w)|\w+(?=n['’]t\b)|n['’]t\b"
+WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)|\w+(?=n['’]t\b)|n['’]t\b"
                   r"|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
-SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]]*"
+SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]”’]*"
                           r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
 
 
@@ -439,6 +439,9 @@ def plan_batches(lengths, size, rng):
 
 
 def read_split(folder, split, annotation):
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: expected a folder, found "
+                         + ("a file" if Path(folder).exists() else "nothing of that name"))
     for ending in (".json", ".jsonl", ".conll", ".txt", ".bio"):
         path = Path(folder) / (split + ending)
         if path.is_file():

@@ -990,6 +990,9 @@ class InputTest(unittest.TestCase):
         self.assertEqual(read_text(self.path).sentences, [
             "Dr . Ada Kell left the U.S. in 1998 .".split(), "She 's ( now ) home !".split(),
             "She does n't".split(), "The end".split()])
+        self.path.write_text("He got $1.5m, 10%, 1,000 or a 2nd.")
+        self.assertEqual(read_text(self.path).sentences,
+                         ["He got $ 1.5m , 10% , 1,000 or a 2nd .".split()])
         self.path.write_text("word " * 700)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             self.assertEqual(list(map(len, read_text(self.path).sentences)), [300, 300, 100])
@@ -1088,7 +1091,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(len((run / "log.jsonl").read_text().splitlines()), 2)
         status, _, err = self.call(f"--run {run} --resume --dropout 0.1")
         self.assertEqual((status, err.count("\n")), (2, 1))
-        self.assertIn("this run has 0.", err)
+        self.assertIn("expected 0.4, found 0.1", err)
         status, _, err = self.call(f"--run {run}")
         self.assertEqual((status, err.count("\n")), (2, 1))
         self.assertIn("--resume", err)
@@ -1109,6 +1112,20 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(len(document.sentences), 2)
         for key in ("ner", "emd", "relations", "clusters"):
             self.assertIsNotNone(getattr(document, key))
+        status, again, err = self.call(f"--run {run} --predict train.json --json")
+        self.assertEqual((status, again), (0, out), err)          # sentences instead of text
+        settings = Settings(tasks=("ner",))
+        tasks, vocabulary, model = train.build(settings)
+        trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, run)
+        with self.assertRaisesRegex(InputError, "holds a run"):
+            trainer.train(1)
+
+    def test_settings_from_python_are_checked(self):
+        for change in (dict(sharing="flt"), dict(tasks=("ner", "foo")), dict(tasks=()),
+                       dict(data="folder"), dict(dropout="0.4"), dict(ner_encoder=64),
+                       dict(epochs=2.5), dict(seed=None)):
+            with self.assertRaisesRegex(InputError, r"--[\w-]+: expected"):
+                train.build(Settings(**change))
 
     def test_runs_are_never_overwritten(self):
         Path("runs/ner").mkdir(parents=True)
@@ -1119,7 +1136,8 @@ class CommandLineTest(unittest.TestCase):
         (Path("broken.pt") / "checkpoint.pt").write_bytes(b"no checkpoint")
         Path("short.txt").write_text("a 1 2\nb 1\n")
         for line, part in [("--tasks foo", "invalid choice: 'foo'"), ("--data nowhere", "nowhere"),
-                           ("--resume", "--run"), ("--predict x", "--run"),
+                           ("--resume", "--run"), ("--predict x", "--run"), ("--json", "--predict"),
+                           ("--run r --predict x --dropout 0", "--device"),
                            ("--epochs x", "epochs"), ("--run nothing --resume", "nothing"),
                            ("--nonsense", "--nonsense"),
                            ("--run broken.pt --resume", "checkpoint of train.py"),
@@ -1197,8 +1215,8 @@ def benchmark(rounds=6):
     from statistics import median
     from time import process_time as clock           # CPU time: other programs do not count
 
-    # After some training nearly all gold mentions are among the 0.4 spans a token that are kept (all
-    # of SciERC's). The untrained scorer here keeps few of them, so that they come on top of 0.3.
+    # After some training nearly all gold mentions are among the 0.4 spans a token that are kept.
+    # The untrained scorer here keeps few of them, so that they come on top of 0.3.
     settings = Settings(spans_per_token=0.3)
     tasks, everything, long_document = benchmark_tasks(np.random.default_rng(0))
     vocabulary = Vocabulary.of(everything)

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hmtl import HIERARCHY, HMTL, Settings, outermost
-from tasks import (InputError, Vocabulary, make_batch, read_text, read_vectors,
+from tasks import (InputError, Vocabulary, expect, make_batch, read_json, read_text, read_vectors,
                    tasks_in_order)
 
 
@@ -121,6 +121,9 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch number n_epochs, or until every task's patience is at its end."""
+        log = self.folder / "log.jsonl"
+        if not self.history and log.exists() and log.stat().st_size:
+            raise InputError(f"{self.folder}: holds a run; restore it, or name another folder")
         if self.rank == 0:      # so that the first epoch can be resumed; and save() may have been
             self.save()         # killed before it wrote the log
         while len(self.history) < n_epochs and not self.finished():
@@ -234,7 +237,8 @@ class MultiTaskTrainer:
         cells = []
         for task in self.tasks:
             scores = self.dev_scores(task)
-            best = best_epoch(scores, task.validation_metric_decreases) == len(scores) - 1
+            best = (any(scores) and best_epoch(scores, task.validation_metric_decreases)
+                    == len(scores) - 1)
             cells.append(f"{task.name} {scores[-1]:5.1f}{'*' if best else ' '}")
         progress("")
         print(f"epoch {len(self.history):3d}  {seconds:5.1f} s   " + "  ".join(cells), flush=True)
@@ -541,7 +545,8 @@ def build(settings, checkpoint=None):
 
 
 def predict(folder, path, as_json, device):
-    """Prints the document of raw text at path with everything that a run's one model finds."""
+    """Prints the raw text at path, or its documents if it ends in .json or .jsonl, with everything
+    that a run's one model finds."""
     checkpoint, weights = load(folder / "checkpoint.pt"), load(folder / "best.pt")
     with expecting_a_checkpoint(folder / "checkpoint.pt"):
         settings = Settings(**checkpoint["settings"])
@@ -549,12 +554,13 @@ def predict(folder, path, as_json, device):
         model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
         model.load_state_dict(weights)
     model.to(device).eval()
-    document = read_text(path)
-    document = model.annotate(document, make_batch([document], vocabulary).to(device))
-    if as_json:
-        print(document.to_json())
-    else:
-        print_annotated(document)
+    for document in read_json(path) if path.endswith((".json", ".jsonl")) else [read_text(path)]:
+        expect(any(document.sentences), f"{path}, {document.key}", "some words", "none")
+        document = model.annotate(document, make_batch([document], vocabulary).to(device))
+        if as_json:
+            print(document.to_json())
+        else:
+            print_annotated(document)
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -577,10 +583,9 @@ def parse(arguments):
     parser.add_argument("--json", action="store_true", help="predict JSON lines")
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
-        default = " ".join(f.default) if f.type is tuple else f.default
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **many,
                             choices=CHOICES.get(f.name),
-                            help=f"default: {'none' if default == '' else default}")
+                            help=f"default: {in_one(f.default)}")
     given = vars(parser.parse_args(arguments))
     other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
     if "tasks" in given:                                       # in the order of the hierarchy
@@ -588,13 +593,21 @@ def parse(arguments):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 
+def in_one(value):
+    """A setting as it is printed."""
+    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
+
+
 def check_settings(settings):
     """Refuses values that no model can be built from."""
     for f in fields(settings):
         value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
-        if f.name in CHOICES:
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            good, expected = False, f"a value of type {f.type.__name__}"
+        elif f.name in CHOICES:
             values = value if f.type is tuple else [value]
-            good, expected = values and {*values} <= {*CHOICES[f.name]}, ", ".join(CHOICES[f.name])
+            good = values and {*values} <= {*CHOICES[f.name]}
+            expected = "one of " + ", ".join(CHOICES[f.name])
         elif f.name.endswith("_encoder"):
             good, expected = re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), "LAYERSxUNITS, such as 2x64"
         elif f.name == "dropout":
@@ -615,6 +628,8 @@ def main(arguments=None):
     given, other = parse(arguments)
     if (other.resume or other.predict) and not other.run:
         raise InputError("--resume and --predict need --run DIR")
+    if other.json and not other.predict or other.predict and given.keys() - {"device"}:
+        raise InputError("--json goes with --predict, and no setting but --device does")
     if other.predict:
         return predict(other.run, other.predict, other.json, device_of(given.get("device")))
 
@@ -627,7 +642,9 @@ def main(arguments=None):
         for name, value in given.items():
             if value != stored[name] and name not in ("epochs", "patience", "device"):
                 flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {value}: this run has {stored[name]}")
+                raise InputError(f"{flag}: a run keeps its settings but --epochs, --patience and "
+                                 f"--device; expected {in_one(stored[name])}, found "
+                                 f"{in_one(value)}")
         settings = Settings(**stored | given)
     else:
         settings = Settings(**given)
@@ -651,8 +668,8 @@ def main(arguments=None):
     if checkpoint:
         with expecting_a_checkpoint(path):
             trainer.restore(checkpoint)
-    values = {k: " ".join(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
-    print(textwrap.fill(", ".join(f"{k} {v}" for k, v in values.items() if v != ""), 100) + "\n")
+    values = ", ".join(f"{k} {in_one(v)}" for k, v in asdict(settings).items())
+    print(textwrap.fill(values, 100) + "\n")
     print_tasks(tasks, settings)
     parameters = [sum(p.numel() for p in part.parameters()) for part in
                   (model.embedder, model.encoders, model.heads, model)]
