@@ -159,8 +159,8 @@ class Embedder(nn.Module):
         shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
                                       lengths=batch.n_chars, initial=0.0)        # (U, D)
         # Dropout is drawn once for each distinct word: fewer numbers to draw.
-        features = torch.cat([vectors, shapes], 1) * dropout_factors(batch.n_chars > 0, self.width,
-                                                          self.dropout, self.training)
+        factors = dropout_factors(batch.n_chars > 0, self.width, self.dropout, self.training)
+        features = torch.cat([vectors, shapes], 1) * factors
         return F.embedding(batch.tokens, features)                               # (B, T, D)
 
 
@@ -346,8 +346,8 @@ class RelationHead(nn.Module):
         self.names, self.labels = ["last-token", "boundaries", "strict"], labels
         self.ids = {label: i for i, label in enumerate(labels)}
         self.first = nn.Linear(width, settings.relation_units)
-        self.second = nn.Linear(width, settings.relation_units, bias=False)  # W
-        self.label = nn.Linear(settings.relation_units, len(labels))         # V
+        self.second = nn.Linear(width, settings.relation_units, bias=False)
+        self.label = nn.Linear(settings.relation_units, len(labels))
         for layer in (self.first, self.second, self.label):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.constant_(self.label.bias, -7.0)

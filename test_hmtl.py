@@ -120,8 +120,6 @@ class EncoderTest(unittest.TestCase):
         self.assertEqual(len(batch.groups), 2)
 
 
-# -------------------------------------------------------------------------------------- the CRF
-
 class DropoutTest(unittest.TestCase):
 
     def test_share_scale_and_padding(self):
@@ -139,6 +137,8 @@ class DropoutTest(unittest.TestCase):
             torch.testing.assert_close(share, torch.full_like(share, p), atol=0.06, rtol=0)
         torch.testing.assert_close(dropout_factors(mask, 13, 0.5, training=False), mask[:, :, None])
 
+
+# -------------------------------------------------------------------------------------- the CRF
 
 class CRFTest(unittest.TestCase):
     LENGTHS = [4, 1, 3, 2]
@@ -812,17 +812,18 @@ class TrainingTest(unittest.TestCase):
         self.assertEqual(results["tasks"]["emd"]["one_model"]["test"]["f1-recall"], 0.0)
 
     def test_a_loss_that_is_not_finite_stops_the_run(self):
+        message = "ner is not finite at its step 4, in epoch 2"
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             tasks, vocabulary, model = tiny_model(("ner",))
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
             trainer.train(1)
             nn.init.constant_(model.heads["ner"].emit.bias, float("nan"))
-            with self.assertRaisesRegex(train.Stopped, "ner is not finite at its step 4, in"):
+            with self.assertRaisesRegex(train.Stopped, message):
                 trainer.train(2)
             self.assertEqual(len(train.load(Path(folder) / "checkpoint.pt")["history"]), 1)
             trainer.restore(train.load(Path(folder) / "checkpoint.pt"))
             model.heads["ner"].emit.bias.register_hook(lambda gradient: gradient * math.inf)
-            with self.assertRaisesRegex(train.Stopped, "ner is not finite at its step 4, in"):
+            with self.assertRaisesRegex(train.Stopped, message):
                 trainer.train(2)
 
     def test_each_task_overfits_eight_sentences(self):

@@ -552,6 +552,7 @@ def predict(folder, path, as_json, device):
         settings = Settings(**checkpoint["settings"])
         vocabulary = Vocabulary(**checkpoint["vocabulary"])
         model = HMTL(chosen_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
+    with expecting_a_checkpoint(folder / "best.pt"):
         model.load_state_dict(weights)
     model.to(device).eval()
     for document in read_json(path) if path.endswith((".json", ".jsonl")) else [read_text(path)]:
@@ -579,7 +580,8 @@ def parse(arguments):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", metavar="DIR", type=Path, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
-    parser.add_argument("--predict", metavar="FILE", help="annotate raw text, - for standard input")
+    parser.add_argument("--predict", metavar="FILE",
+                        help="annotate raw text, - for standard input; or .json, .jsonl documents")
     parser.add_argument("--json", action="store_true", help="predict JSON lines")
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
