@@ -44,18 +44,19 @@ from tasks import COREF_SCORES, Document, Scores, count_rows, shifted
 
 @dataclass
 class Settings:
-    """Everything that a run can be told; each field is a flag of train.py."""
-    tasks: tuple = ("ner", "emd", "rel", "coref")
+    """Everything that a run can be told. Each field is a flag of train.py; its comment is the help
+    that train.py shows."""
+    tasks: tuple = ("ner", "emd", "rel", "coref")      # which of these to train
     data: tuple = ()                   # DIR for all tasks, or TASK=DIR ...; none: built-in corpus
     vectors: str = ""                  # file of word vectors, GloVe text
     # model
     word_dim: int = 100                # width of word vectors, where there is no file of them
-    char_dim: int = 16
-    char_filters: int = 64
-    ner_encoder: str = "2x64"          # layers x units per direction
-    emd_encoder: str = "2x64"
-    rel_encoder: str = "3x64"
-    coref_encoder: str = "1x200"
+    char_dim: int = 16                 # width of character vectors
+    char_filters: int = 64             # filters of the char CNN, each over three characters
+    ner_encoder: str = "2x64"          # BiLSTM of the task: layers x units per direction
+    emd_encoder: str = "2x64"          # the same
+    rel_encoder: str = "3x64"          # the same
+    coref_encoder: str = "1x200"       # the same
     dropout: float = 0.4               # on word vectors and on every layer's output
     unknown: float = 0.5               # probability that a word of one document is made unknown
     relation_units: int = 128          # hidden units of the relation head
@@ -64,18 +65,18 @@ class Settings:
     spans_per_token: float = 0.4       # coreference spans that are kept
     antecedents: int = 70              # nearest kept spans that are scored
     max_tokens: int = 4000             # longer training documents of coreference are cut
-    sharing: str = "hierarchical"      # or flat, inverted, latent: see `layout`
+    sharing: str = "hierarchical"      # which encoders a head reads: see `layout` in hmtl.py
     # training
-    batch_size: int = 32               # sentences; coreference takes one document
-    lr: float = 1e-3
+    batch_size: int = 32               # sentences in a batch; coreference takes one document
+    lr: float = 1e-3                   # learning rate of every task's Adam
     clip: float = 5.0                  # largest gradient norm
-    schedule: str = "proportional"     # or uniform, successive: see train.plan_epoch
+    schedule: str = "proportional"     # which task next: see `plan_epoch` in train.py
     successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
-    epochs: int = 40
+    epochs: int = 40                   # an epoch: as many steps as there are batches in all
     patience: int = 20                 # epochs without improvement until a task may end
     lr_patience: int = 8               # its learning rate is halved after more epochs than this
-    seed: int = 0
-    device: str = ""
+    seed: int = 0                      # everything random follows from it
+    device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
 
 # task -> the tasks below it, the nearest first; the first that is chosen feeds the task's encoder

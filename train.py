@@ -16,6 +16,7 @@ and a resumed run equals an uninterrupted one bit for bit (on a CPU, with as man
 """
 
 import argparse
+import inspect
 import io
 import json
 import math
@@ -583,11 +584,12 @@ def parse(arguments):
     parser.add_argument("--predict", metavar="FILE",
                         help="annotate raw text, - for standard input; or .json, .jsonl documents")
     parser.add_argument("--json", action="store_true", help="predict JSON lines")
+    comments = dict(re.findall(r"^    (\w+): .*# (.+)", inspect.getsource(Settings), re.M))
     for f in fields(Settings):
         many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **many,
                             choices=CHOICES.get(f.name),
-                            help=f"default: {in_one(f.default)}")
+                            help=f"{comments[f.name]} (default: {in_one(f.default)})")
     given = vars(parser.parse_args(arguments))
     other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
     if "tasks" in given:                                       # in the order of the hierarchy
