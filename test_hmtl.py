@@ -633,6 +633,7 @@ def train_20_steps(rank, n_processes, folder):
     if n_processes > 1:
         if rank == 0:
             train.write(Path(folder) / "two.pt", found)
+        dist.barrier()                       # see train.main
         dist.destroy_process_group()
     return found
 

@@ -686,6 +686,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
     if dist.is_initialized():
+        dist.barrier()               # a process that leaves before the others may abort, in gloo
         dist.destroy_process_group()
 
 
