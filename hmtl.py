@@ -58,7 +58,8 @@ class Settings:
     rel_encoder: str = "3x64"          # the same
     coref_encoder: str = "1x200"       # the same
     dropout: float = 0.4               # on word vectors and on every layer's output
-    unknown: float = 0.5               # probability that a word of one document is made unknown
+    rare: int = 1                      # words of at most so many training documents are rare
+    unknown: float = 0.5               # probability that a rare word is made unknown in training
     relation_units: int = 128          # hidden units of the relation head
     coref_units: int = 150             # hidden units of the mention and antecedent scorers
     max_span: int = 8                  # tokens in a coreference span
@@ -125,7 +126,7 @@ class Embedder(nn.Module):
     def __init__(self, vocabulary, settings, vectors=None):
         super().__init__()
         width = settings.word_dim
-        self.n_frequent, self.n_trained = vocabulary.n_frequent, vocabulary.n_trained
+        self.n_trained = len(vocabulary.counts)
         table = torch.randn(len(vocabulary.words), width) * 0.1
         table[0] = 0.0                                                           # padding
         if vectors:
@@ -138,16 +139,16 @@ class Embedder(nn.Module):
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.chars.weight[1].data)       # no training word has an unknown character
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        self.unknown, self.dropout = settings.unknown, settings.dropout
-        self.width = width + settings.char_filters
+        rare = torch.tensor(vocabulary.counts) <= settings.rare
+        self.register_buffer("unknown", settings.unknown * rare, persistent=False)
+        self.dropout, self.width = settings.dropout, width + settings.char_filters
 
     def forward(self, batch):
         """(B, T, D), zero on padding."""
         ids = batch.words
-        if self.training:
-            drawn = torch.rand(ids.shape, device=ids.device) < self.unknown
-            rare = (ids >= self.n_frequent) & drawn
-            ids = torch.where(rare, 1, ids)
+        if self.training:                                       # on training words only
+            drawn = torch.rand(ids.shape, device=ids.device) < self.unknown[ids]
+            ids = torch.where(drawn, 1, ids)
         vectors = self.words(ids.clamp(max=self.n_trained - 1))                  # (U, D)
         if len(self.other_words):
             others = self.other_words[(ids - self.n_trained).clamp(min=0)]

@@ -457,15 +457,13 @@ def read_split(folder, split, annotation):
 class Vocabulary:
     """Words (lower-cased) and characters with their numbers: 0 is padding, 1 the unknown.
 
-    `words`: first those of the training documents, the frequent before the rare (in one document
-    only), then the words that only the vector file has. `n_frequent` and `n_trained` are where the
-    frequent and the rare end.
+    `words`: first those of the training documents, then those that only the vector file has.
+    `counts`: in how many training documents each of the former is, inf for the two numbers above.
     """
     LONGEST = 40     # characters of a word that are read; a web address need not be read to its end
 
-    def __init__(self, words, chars, n_frequent, n_trained):
-        self.words, self.chars = words, chars
-        self.n_frequent, self.n_trained = n_frequent, n_trained
+    def __init__(self, words, chars, counts):
+        self.words, self.chars, self.counts = words, chars, counts
         self.word_ids = {word: i for i, word in enumerate(words)}
         self.char_ids = {char: i for i, char in enumerate(chars)}
         self.spellings = {}
@@ -481,15 +479,13 @@ class Vocabulary:
         # Counted are documents, not tokens: a name that one document repeats is new to any other.
         seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
         counts = Counter(word for _, word in {(key, word.lower()) for key, word in seen})
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        trained = ["", "<unknown>", *ranked]
-        return cls(trained + [w for w in more_words if w not in counts],
+        words = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(["", "<unknown>", *words, *(w for w in more_words if w not in counts)],
                    ["", "<unknown>", *sorted({c for _, word in seen for c in word})],
-                   2 + sum(n > 1 for n in counts.values()), len(trained))
+                   [math.inf, math.inf, *(counts[word] for word in words)])
 
     def state(self):
-        return {"words": self.words, "chars": self.chars, "n_frequent": self.n_frequent,
-                "n_trained": self.n_trained}
+        return {"words": self.words, "chars": self.chars, "counts": self.counts}
 
 
 @dataclass

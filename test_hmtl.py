@@ -245,7 +245,7 @@ class RelationTest(unittest.TestCase):
         torch.manual_seed(0)
         head = RelationHead(4, ["A", "B"], TINY)
         x, mask = torch.randn(2, 5, 4), torch.arange(5) < torch.tensor([[3], [5]])
-        batch = replace(make_batch([Document("d", [["a"]])], Vocabulary([], [], 0, 0)),
+        batch = replace(make_batch([Document("d", [["a"]])], Vocabulary([], [], [])),
                         mask=mask, lengths=[3, 5])
         scores = head.scores(x, batch)
         self.assertEqual([tuple(s.shape) for s in scores], [(3, 3, 2), (5, 5, 2)])
@@ -539,13 +539,15 @@ class ModelTest(unittest.TestCase):
         vocabulary = Vocabulary.of(documents + documents, ["often", "vector"])
         self.assertEqual(vocabulary.words, ["", "<unknown>", "often", "once", "vector"])
         vectors = (["often", "vector"], np.array([[1, 2], [3, 4]], dtype=np.float32))
-        settings = replace(TINY, unknown=1.0, word_dim=2)
-        model = HMTL(train.chosen_tasks(["ner"]), {"ner": []}, vocabulary, settings, vectors)
         batch = make_batch([Document("d", [["often", "once", "new"]])], vocabulary)
-        table = model.embedder.words.weight
-        seen = [model.embedder.train(t)(batch)[0, :, :2].tolist() for t in (True, False)]
-        unknown, once = table[1].tolist(), table[3].tolist()
-        self.assertEqual(seen, [[[1, 2], unknown, unknown], [[1, 2], once, unknown]])
+        for rare, is_unknown in [(1, [False, True, True]), (2, [True, True, True])]:
+            settings = replace(TINY, rare=rare, unknown=1.0, word_dim=2)
+            model = HMTL(train.chosen_tasks(["ner"]), {"ner": []}, vocabulary, settings, vectors)
+            table = model.embedder.words.weight
+            self.assertEqual(table[2].tolist(), [1, 2])
+            for training, rows in [(True, np.where(is_unknown, 1, [2, 3, 1])), (False, [2, 3, 1])]:
+                seen = model.embedder.train(training)(batch)[0, :, :2]
+                self.assertEqual(seen.tolist(), table[rows].tolist())
         batch = make_batch([Document("d", [["vector"]])], vocabulary)
         self.assertEqual(model.embedder.eval()(batch)[0, 0, :2].tolist(), [3, 4])
         self.assertEqual(table.shape, (4, 2))                     # "vector" is not trained
