@@ -13,8 +13,9 @@ What differs from the paper, and why:
 - No ELMo: the packages are torch and numpy. Scores are lower by what ELMo brings.
 - For coreference too every sentence of a document is encoded on its own, as in Lee et al. 2017: the
   lower encoders then see what they see in the other tasks.
-- A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences.
-  Every result is independent of the batch; the authors' code averaged relations over padding.
+- A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences
+  (for coreference, the sum over its one document). Every result is independent of the batch; the
+  authors' code averaged relations over padding.
 - A word of only one training document is read as the unknown word half of the time. So the vector
   of the unknown is trained, and coreference learns to match names by their characters.
 - The output bias of the relation head starts at -7: one pair and label in some thousand is true.
@@ -24,6 +25,7 @@ What differs from the paper, and why:
   was seen to predict nothing for 60 epochs.
 - In training, gold mentions are kept beside those with the best scores. Else all scores may fall
   together until no gold mention is kept: the loss is then 0, and stays there.
+- Dropout on words is drawn once for each distinct word of a batch: fewer numbers to draw.
 - The coreference scorers drop parts of what they read, not their hidden units, of which there are
   many more to draw.
 
@@ -146,7 +148,7 @@ class Embedder(nn.Module):
     def forward(self, batch):
         """(B, T, D), zero on padding."""
         ids = batch.words
-        if self.training:                                       # on training words only
+        if self.training:           # training documents have no word of the vector file alone
             drawn = torch.rand(ids.shape, device=ids.device) < self.unknown[ids]
             ids = torch.where(drawn, 1, ids)
         vectors = self.words(ids.clamp(max=self.n_trained - 1))                  # (U, D)
@@ -160,7 +162,6 @@ class Embedder(nn.Module):
         windows = batch.chars.unfold(0, 3, 1)[batch.chars[1:-1] > 0]             # (C, 3)
         shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
                                       lengths=batch.n_chars, initial=0.0)        # (U, D)
-        # Dropout is drawn once for each distinct word: fewer numbers to draw.
         factors = dropout_factors(batch.n_chars > 0, self.width, self.dropout, self.training)
         features = torch.cat([vectors, shapes], 1) * factors
         return F.embedding(batch.tokens, features)                               # (B, T, D)
@@ -170,8 +171,8 @@ class Encoder(nn.Module):
     """A stack of bidirectional LSTM layers, exact on padded input.
 
     A plain padded BiLSTM is wrong: its backward half starts in the padding. Here the layers have no
-    bias; they read [x * m, m], m being the mask, so the weights of the last column are the bias
-    within a sentence, and in the padding the state has nothing to move it from zero.
+    bias; they read [x, m], m being the mask, and x zero on padding. So the weights of the last
+    column are the bias within a sentence; in the padding nothing moves the state from zero.
     """
 
     def __init__(self, width, shape, dropout):
@@ -282,7 +283,7 @@ class Tagger(nn.Module):
 
     def __init__(self, annotation, width, labels):
         super().__init__()
-        self.annotation, self.names = annotation, ["f1"]
+        self.annotation, self.names = annotation, ["f1"]          # the names of its scores
         self.tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BIUL")]
         self.ids = {tag: i for i, tag in enumerate(self.tags)}
         self.emit = nn.Linear(width, len(self.tags))
@@ -341,7 +342,10 @@ def outermost(spans):
 class RelationHead(nn.Module):
     """Multi-head selection (Bekoulis et al. 2018): for every pair of tokens i, j and every label,
     sigmoid(V relu(U h_i + W h_j + b)), where i and j are the last tokens of the arguments. U, W and
-    V are that paper's letters, here `first`, `second` and `label`."""
+    V are that paper's letters, here `first`, `second` and `label`.
+
+    Scores: a relation counts as right where its label and the `last-token` of both arguments are
+    (the paper's score); their `boundaries`; or, `strict`, boundaries and types."""
 
     def __init__(self, width, labels, settings):
         super().__init__()
@@ -573,7 +577,7 @@ class HMTL(nn.Module):
                 self.heads[name] = Tagger(task.annotation, width, labels[name])
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads)) for name, reads
                                           in self.reads.items() if len(reads) > 1})
-        # The tagger that gives relations their spans.
+        # The tagger that gives relations their spans: the nearest below.
         self.tagger = next((name for name in ("emd", "ner") if name in self.tasks), None)
         self.metrics = {name: Scores(self.heads[name].names, "mean" if name == "coref" else None)
                         for name in self.tasks}

@@ -230,8 +230,8 @@ def read_text(path, longest=300):
 # type: only the sentence tells. "P of X" is a job where X is an organisation, a home where it is a
 # place: finding the relation takes knowing the type, which the small relation set alone does not
 # teach. "P left O for N" makes a relation with one of two organisations: the types alone do not
-# tell. Relations hold between names. Pronouns refer back where gender leaves one candidate,
-# nominals to somebody of their type.
+# tell. Relations hold between names. Pronouns and nominals refer to somebody of their type, where
+# gender leaves one candidate among these.
 
 STEMS = """ab al an ar bal bel ber bor bran cal car cor dal dan del dor dun el er fal fen for gal
  gar gor hal har hol il jan jor kal kel kir kor lam len lin lor mal mar mel mor nal nar nel nor ol
@@ -556,7 +556,8 @@ def read_vectors(path):
 # ---------------------------------------------------------------------------------------- scores
 
 class Scores:
-    """Adds up four sums per name and turns them into F1, precision and recall, in percent."""
+    """Adds up four sums per name and turns them into F1, precision and recall, in percent; `mean`
+    names the mean of all F1, where that is a score too."""
 
     def __init__(self, names, mean=None):
         self.names, self.mean = names, mean
@@ -630,7 +631,7 @@ def max_assignment(value):
     """
     cost = -value if len(value) <= value.shape[1] else -value.T
     n, m = cost.shape
-    u, v = np.zeros(n), np.zeros(m)                # cost - u - v >= 0 always, 0 where matched
+    u, v = np.zeros(n), np.zeros(m)   # in the rows so far, cost - u - v is 0 where matched, or >= 0
     row_of = np.full(m, -1)                        # the row matched to each column
     for row in range(n):
         distance, came_from, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, dtype=bool)

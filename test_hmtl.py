@@ -823,8 +823,10 @@ class TrainingTest(unittest.TestCase):
             nn.init.constant_(model.heads["ner"].emit.bias, float("nan"))
             with self.assertRaisesRegex(train.Stopped, message):
                 trainer.train(2)
-            self.assertEqual(len(train.load(Path(folder) / "checkpoint.pt")["history"]), 1)
-            trainer.restore(train.load(Path(folder) / "checkpoint.pt"))
+            checkpoint = train.load(Path(folder) / "checkpoint.pt")
+            self.assertEqual(len(checkpoint["history"]), 1)
+            self.assertTrue(all(value.isfinite().all() for value in checkpoint["model"].values()))
+            trainer.restore(checkpoint)
             model.heads["ner"].emit.bias.register_hook(lambda gradient: gradient * math.inf)
             with self.assertRaisesRegex(train.Stopped, message):
                 trainer.train(2)

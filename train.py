@@ -125,8 +125,8 @@ class MultiTaskTrainer:
         log = self.folder / "log.jsonl"
         if not self.history and log.exists() and log.stat().st_size:
             raise InputError(f"{self.folder}: holds a run; restore it, or name another folder")
-        if self.rank == 0:      # so that the first epoch can be resumed; and save() may have been
-            self.save()         # killed before it wrote the log
+        if self.rank == 0:      # so that the first epoch can be resumed; and a run may have been
+            self.write_log() if self.history else self.save()     # killed before it wrote its log
         while len(self.history) < n_epochs and not self.finished():
             started = time.time()
             losses = self.train_epoch(len(self.history))
@@ -276,7 +276,8 @@ class MultiTaskTrainer:
 
     def results(self):
         """Final dev and test scores: each task from its own best weights, as in the paper, and all
-        from the one model with the best mean, which stays loaded. Written to results.json."""
+        from the one model with the best mean. Written to results.json. The latter stays loaded:
+        to train on, `restore` first."""
         results = {"settings": asdict(self.settings), "tasks": {}}
         if self.n_processes > 1:
             dist.barrier()                           # the first process has written the weights
@@ -363,7 +364,8 @@ def sparkline(values, width=60):
 
 
 def print_examples(model, tasks, vocabulary, device, n=2):
-    """A few short dev documents of every task: what was found, wrong and missed."""
+    """A few short dev documents of every task: what was found, wrong and missed. Of relations
+    those are found whose arguments the tagger found too, as `boundaries` counts them."""
     model.eval()
     for task in tasks:
         print(f"\n{task.name}, dev: + right, ! wrong, - missed")
@@ -618,7 +620,7 @@ def check_settings(settings):
             good, expected = 0 <= value < 1, "a share from 0 to below 1"
         elif f.name == "unknown":
             good, expected = 0 <= value <= 1, "a share from 0 to 1"
-        elif f.name in ("seed", "lr_patience", "successive_delta"):
+        elif f.name in ("seed", "lr_patience", "successive_delta", "rare"):
             good, expected = 0 <= value < 2 ** 63, "a number from 0 up to 2^63"
         elif f.type in (int, float):
             good, expected = 0 < value < 2 ** 63, "a number above 0, up to 2^63"
