@@ -16,7 +16,7 @@ What differs from the paper, and why:
 - A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences
   (for coreference, the sum over its one document). Every result is independent of the batch; the
   authors' code averaged relations over padding.
-- A word of only one training document is read as the unknown word half of the time. So the vector
+- A rare word, of one training document, is read as the unknown word half of the time. So the vector
   of the unknown is trained, and coreference learns to match names by their characters.
 - The output bias of the relation head starts at -7: one pair and label in some thousand is true.
   From 0 the first hundreds of steps would go into learning that.
@@ -279,7 +279,11 @@ class CRF(nn.Module):
 
 
 class Tagger(nn.Module):
-    """Spans with labels as BIOUL tags: begin, inside, outside, unit (one word), last."""
+    """Spans with labels as BIOUL tags: begin, inside, outside, unit (one word), last.
+
+    Every head has `loss` and `decode` of (x, embedded, batch): what it reads (B, T, 2 H), the
+    embedder's output (B, T, D), of which only coreference makes use, and the batch.
+    """
 
     def __init__(self, annotation, width, labels):
         super().__init__()

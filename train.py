@@ -125,8 +125,11 @@ class MultiTaskTrainer:
         log = self.folder / "log.jsonl"
         if not self.history and log.exists() and log.stat().st_size:
             raise InputError(f"{self.folder}: holds a run; restore it, or name another folder")
-        if self.rank == 0:      # so that the first epoch can be resumed; and a run may have been
-            self.write_log() if self.history else self.save()     # killed before it wrote its log
+        if self.rank == 0:
+            if self.history:         # the run may have been killed before it wrote its log
+                self.write_log()
+            else:                    # so that the first epoch can be resumed
+                self.save()
         while len(self.history) < n_epochs and not self.finished():
             started = time.time()
             losses = self.train_epoch(len(self.history))
