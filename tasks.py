@@ -204,8 +204,8 @@ def spans_of(tags):
     return spans
 
 
-WORD = re.compile(r"(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)|\w+(?=n['’]t\b)|n['’]t\b"
-                  r"|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
+WORD = re.compile(r"\b(?:Mr|Ms|Dr|Mrs)\.|(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)"
+                  r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]”’]*"
                           r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
 
@@ -442,14 +442,14 @@ def read_split(folder, split, annotation):
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: expected a folder, found "
                          + ("a file" if Path(folder).exists() else "nothing of that name"))
-    for ending in (".json", ".jsonl", ".conll", ".txt", ".bio"):
-        path = Path(folder) / (split + ending)
-        if path.is_file():
-            if ending in (".json", ".jsonl"):
-                return read_json(path)
-            return read_columns(path, annotation) if annotation in ("ner", "emd") else []
-    raise InputError(f"{folder}: expected a file {split}.json, .jsonl, .conll, .txt or .bio, "
-                     "found none")
+    paths = [Path(folder) / (split + e) for e in (".json", ".jsonl", ".conll", ".txt", ".bio")]
+    found = [path for path in paths if path.is_file()]
+    if len(found) != 1:
+        raise InputError(f"{folder}: expected one file {split}.json, .jsonl, .conll, .txt or .bio, "
+                         f"found {' and '.join(path.name for path in found) or 'none'}")
+    if found[0].suffix in (".json", ".jsonl"):
+        return read_json(found[0])
+    return read_columns(found[0], annotation) if annotation in ("ner", "emd") else []
 
 
 # --------------------------------------------------------------------------------------- batches

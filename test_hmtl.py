@@ -994,7 +994,7 @@ class InputTest(unittest.TestCase):
         self.path.write_text("Dr. Ada Kell left the U.S. in 1998. She's (now) home! "
                              "She doesn't\n\nThe end")
         self.assertEqual(read_text(self.path).sentences, [
-            "Dr . Ada Kell left the U.S. in 1998 .".split(), "She 's ( now ) home !".split(),
+            "Dr. Ada Kell left the U.S. in 1998 .".split(), "She 's ( now ) home !".split(),
             "She does n't".split(), "The end".split()])
         self.path.write_text("He got $1.5m, 10%, 1,000 or a 2nd.")
         self.assertEqual(read_text(self.path).sentences,
@@ -1141,12 +1141,18 @@ class CommandLineTest(unittest.TestCase):
         Path("broken.pt").mkdir()
         (Path("broken.pt") / "checkpoint.pt").write_bytes(b"no checkpoint")
         Path("short.txt").write_text("a 1 2\nb 1\n")
+        Path("strange.txt").write_text("zzz 1 2\n")
+        Path("two").mkdir()
+        for name in ("train.json", "train.txt"):
+            (Path("two") / name).write_text("")
         for line, part in [("--tasks foo", "invalid choice: 'foo'"), ("--data nowhere", "nowhere"),
                            ("--resume", "--run"), ("--predict x", "--run"), ("--json", "--predict"),
                            ("--run r --predict x --dropout 0", "--device"),
                            ("--epochs x", "epochs"), ("--run nothing --resume", "nothing"),
                            ("--nonsense", "--nonsense"),
                            ("--run broken.pt --resume", "checkpoint of train.py"),
+                           ("--data two", "found train.json and train.txt"),
+                           ("--vectors strange.txt --tasks ner", "words of the training documents"),
                            ("--vectors short.txt --tasks ner", "short.txt, line 2")]:
             output = io.StringIO()
             with self.assertRaises(InputError, msg=line) as caught:

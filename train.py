@@ -544,6 +544,9 @@ def build(settings, checkpoint=None):
         settings.word_dim = vectors[1].shape[1]          # the file's width wins
     vocabulary = Vocabulary.of([d for task in tasks for d in task.data["train"]],
                                vectors[0] if vectors else ())
+    if vectors:
+        expect({*vectors[0]} & {*vocabulary.words[:len(vocabulary.counts)]}, settings.vectors,
+               "vectors of words of the training documents", "none")
     if checkpoint and (labels != checkpoint["labels"]
                        or vocabulary.state() != checkpoint["vocabulary"]):
         raise InputError("--resume: expected the run's training data and vectors, found others")
@@ -637,8 +640,10 @@ def main(arguments=None):
     given, other = parse(arguments)
     if (other.resume or other.predict) and not other.run:
         raise InputError("--resume and --predict need --run DIR")
-    if other.json and not other.predict or other.predict and given.keys() - {"device"}:
-        raise InputError("--json goes with --predict, and no setting but --device does")
+    if other.json and not other.predict:
+        raise InputError("--json needs --predict")
+    if other.predict and given.keys() - {"device"}:
+        raise InputError("--predict takes the run's settings; only --device may be given")
     if other.predict:
         return predict(other.run, other.predict, other.json, device_of(given.get("device")))
 
