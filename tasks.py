@@ -204,10 +204,11 @@ def spans_of(tags):
     return spans
 
 
-WORD = re.compile(r"\b(?:Mr|Ms|Dr|Mrs)\.|(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)"
+TITLES = ["Mr", "Ms", "Dr", "Mrs"]                     # their full stop ends no sentence
+WORD = re.compile(r"\b(?:" + "|".join(TITLES) + r")\.|(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)"
                   r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
-SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[A-Z])[.!?][\"')\]”’]*"
-                          r"(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
+SENTENCE_END = re.compile("".join(rf"(?<!\b{title})" for title in TITLES)
+                          + r"(?<!\b[A-Z])[.!?][\"')\]”’]*(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
 
 
 def read_text(path, longest=300):
