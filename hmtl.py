@@ -6,48 +6,31 @@ r"""The model: shared layers below, one head per task above. Read tasks.py befor
                                                       -> BiLSTM coref -> antecedent scores
 
 HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the bottom and the
-complex ones at the top; every encoder reads the word vectors and the encoder below. `HMTL.forward`
-takes the name of a task and a batch; it returns a loss in training, predictions in evaluation.
+complex ones at the top; every encoder reads the word vectors and the encoder below it.
 
-What differs from the paper, and why:
-- No ELMo: the packages are torch and numpy. Scores are lower by what ELMo brings.
-- For coreference too every sentence of a document is encoded on its own, as in Lee et al. 2017: the
-  lower encoders then see what they see in the other tasks.
-- A sentence's loss is the sum over its tokens or pairs; a batch's is the mean over its sentences
-  (for coreference, the sum over its one document). Every result is independent of the batch; the
-  authors' code averaged relations over padding.
-- A rare word, of one training document, is read as the unknown word half of the time. So the vector
-  of the unknown is trained, and coreference learns to match names by their characters.
-- The output bias of the relation head starts at -7: one pair and label in some thousand is true.
-  From 0 the first hundreds of steps would go into learning that.
-- The LSTMs start from larger weights than torch gives them, see `Encoder`; a task whose dev score
-  is still 0 loses neither patience nor learning rate (train.py). Without the two, the relation head
-  was seen to predict nothing for 60 epochs.
-- In training, gold mentions are kept beside those with the best scores. Else all scores may fall
-  together until no gold mention is kept: the loss is then 0, and stays there.
-- Dropout on words is drawn once for each distinct word of a batch: fewer numbers to draw.
-- The coreference scorers drop parts of what they read, not their hidden units, of which there are
-  many more to draw.
+Left out for the reader's sake, and found below the banner: what differs from the paper and why, the
+table of word vectors, first weights, other ways to share, how spans are listed and scored.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
-C their characters, D width of what is read, H units of a layer, K tags, R relation labels, W span
-widths, S kept spans, G width of a span's representation, A antecedents.
+C their characters, E width of the embedder, D width of an encoder, F hidden units of a head,
+K tags, R relation labels, W longest span, S kept spans, G width of a span's representation,
+A antecedents.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tasks import COREF_SCORES, Document, Scores, count_rows, shifted
+from tasks import (COREF_SCORES, Document, Scores, count_rows, may_follow, shifted, spans_of,
+                   tags_of)
 
 
 @dataclass
 class Settings:
-    """Everything that a run can be told. Each field is a flag of train.py; its comment is the help
-    that train.py shows."""
+    """All settings of a run. Each field is a flag of train.py; its comment is the flag's help."""
     tasks: tuple = ("ner", "emd", "rel", "coref")      # which of these to train
     data: tuple = ()                   # DIR for all tasks, or TASK=DIR ...; none: built-in corpus
     vectors: str = ""                  # file of word vectors, GloVe text
@@ -55,12 +38,13 @@ class Settings:
     word_dim: int = 100                # width of word vectors, where there is no file of them
     char_dim: int = 16                 # width of character vectors
     char_filters: int = 64             # filters of the char CNN, each over three characters
+    encoder: str = "2x64"              # BiLSTM of a task without a flag of its own
     ner_encoder: str = "2x64"          # BiLSTM of the task: layers x units per direction
     emd_encoder: str = "2x64"          # the same
     rel_encoder: str = "3x64"          # the same
     coref_encoder: str = "1x200"       # the same
-    dropout: float = 0.4               # on word vectors and on every layer's output
-    rare: int = 1                      # words of at most so many training documents are rare
+    dropout: float = 0.4               # on the embedder, every LSTM layer and span representations
+    rare: int = 1                      # a word in at most this many training documents is rare
     unknown: float = 0.5               # probability that a rare word is made unknown in training
     relation_units: int = 128          # hidden units of the relation head
     coref_units: int = 150             # hidden units of the mention and antecedent scorers
@@ -82,137 +66,124 @@ class Settings:
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
 
-# task -> the tasks below it, the nearest first; the first that is chosen feeds the task's encoder
+# ---------------------------------------------------------------------------------- the hierarchy
+
+# task -> the tasks below it, nearest first; the first one being trained feeds this task's encoder
 HIERARCHY = {"ner": [], "emd": ["ner"], "rel": ["emd", "ner"], "coref": ["emd", "ner"]}
 
 
 def layout(sharing, tasks):
-    """Which encoders feed each task's encoder, and which its head reads: two {task: [tasks]}.
-
-    hierarchical  the tree of the paper; a head reads the encoder of its task
-    inverted      the same tree upside down: complex tasks at the bottom
-    flat          one stack of all encoders, whose top every head reads
-    latent        the tree, but a head reads a learned mixture of all encoders, after the idea of
-                  Ruder et al. 2017, "Latent multi-task architecture learning"
-    """
-    tree = below = {task: [t for t in HIERARCHY[task] if t in tasks][:1] for task in tasks}
-    reads = {task: [task] for task in tasks}
-    if sharing == "inverted":
-        below = {task: [t for t in tasks if task in tree[t]] for task in tasks}
-    elif sharing == "flat":
-        below = {task: [t] if t else [] for t, task in zip([None, *tasks], tasks)}
-        reads = {task: [[*tasks][-1]] for task in tasks}
-    elif sharing == "latent":
-        reads = {task: [*tasks] for task in tasks}
-    return below, reads
+    """Which encoders feed each encoder, and which each head reads: two dicts {task: [tasks]}, the
+    first in the order in which the encoders run. In the paper, a head reads its task's encoder."""
+    tree = {task: [t for t in HIERARCHY[task] if t in tasks][:1] for task in tasks}
+    if sharing == "hierarchical":
+        return tree, {task: [task] for task in tasks}
+    return other_layout(sharing, tree)
 
 
 # --------------------------------------------------------------------------------- shared layers
 
-def dropout_factors(mask, width, p, training):
-    """Dropout and padding: what to multiply (..., width) values with. 0 where mask (...) is False;
-    elsewhere 1, or in training 0 with probability p (in 256ths), else 1 / (1 - p). A random number
-    makes eight bytes, a byte for a value: an eighth of the time of F.dropout on a CPU."""
+def dropout(x, p, training):
+    """A share p of the values becomes 0, the others grow by 1 / (1 - p)."""
     if not training:
-        return mask[..., None]
-    numbers = torch.randint(-2 ** 63, 2 ** 63 - 1, (*mask.shape, width // 8 + 1),
-                            device=mask.device)
-    dropped = int(256 * p)
-    drawn = numbers.view(torch.uint8)[..., :width] >= dropped
-    return drawn * (mask * (256 / (256 - dropped)))[..., None]
+        return x
+    limit = int(256 * p)
+    kept = random_bytes(x.shape, x.device) >= limit
+    return x * (kept * (256 / (256 - limit)))
 
 
 class Embedder(nn.Module):
-    """Word vector and char CNN of every token, computed once for each distinct word of a batch."""
+    """[word vector; char CNN] of every token, computed once for each distinct word of a batch."""
 
     def __init__(self, vocabulary, settings, vectors=None):
         super().__init__()
-        width = settings.word_dim
-        self.n_trained = len(vocabulary.counts)
-        table = torch.randn(len(vocabulary.words), width) * 0.1
-        table[0] = 0.0                                                           # padding
-        if vectors:
-            words, values = vectors
-            table[[vocabulary.word_ids[word] for word in words]] = torch.from_numpy(values)
-        self.words = nn.Embedding.from_pretrained(table[:self.n_trained].clone(), freeze=False,
-                                                  padding_idx=0)
-        # Words that only the vector file has never get a gradient: they stay out of the optimizer.
-        self.register_buffer("other_words", table[self.n_trained:].clone())
+        self.words = WordVectors(vocabulary, settings, vectors)
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.chars.weight[1].data)       # no training word has an unknown character
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        rare = torch.tensor(vocabulary.counts) <= settings.rare
-        self.register_buffer("unknown", settings.unknown * rare, persistent=False)
-        self.dropout, self.width = settings.dropout, width + settings.char_filters
+        self.dropout = settings.dropout
+        self.width = settings.word_dim + settings.char_filters
 
     def forward(self, batch):
-        """(B, T, D), zero on padding."""
-        ids = batch.words
-        if self.training:           # training documents have no word of the vector file alone
-            drawn = torch.rand(ids.shape, device=ids.device) < self.unknown[ids]
-            ids = torch.where(drawn, 1, ids)
-        vectors = self.words(ids.clamp(max=self.n_trained - 1))                  # (U, D)
-        if len(self.other_words):
-            others = self.other_words[(ids - self.n_trained).clamp(min=0)]
-            vectors = torch.where((ids < self.n_trained)[:, None], vectors, others)
-        # Words lie in one row with a 0 between them. A window of three around every character, and
-        # the maximum over each word's windows; starting it from 0 makes it a ReLU. Without padded
-        # characters nothing can depend on the longest word, and it takes half to two thirds of the
-        # time of a padded convolution.
-        windows = batch.chars.unfold(0, 3, 1)[batch.chars[1:-1] > 0]             # (C, 3)
-        shapes = torch.segment_reduce(self.filters(self.chars(windows).flatten(1)), "max",
-                                      lengths=batch.n_chars, initial=0.0)        # (U, D)
-        factors = dropout_factors(batch.n_chars > 0, self.width, self.dropout, self.training)
-        features = torch.cat([vectors, shapes], 1) * factors
-        return F.embedding(batch.tokens, features)                               # (B, T, D)
+        """Batch -> (B, T, E), zero on padding."""
+        words = self.words(batch.words)
+        chars = self.char_features(batch)
+        features = dropout(torch.cat([words, chars], 1), self.dropout, self.training)    # (U, E)
+        features = features * (batch.n_chars > 0)[:, None]                    # padding has none
+        return F.embedding(batch.tokens, features)                            # (B, T, E)
+
+    def char_features(self, batch):
+        """Max over a word's characters c_t of relu(Q [c_t-1; c_t; c_t+1] + b), (U, filters). Words lie
+        in one row with a 0 between them: a padded convolution takes 1.5 to 2 times as long."""
+        windows = batch.chars.unfold(0, 3, 1)                                 # (C + U - 1, 3)
+        windows = windows[batch.chars[1:-1] > 0]                              # (C, 3)
+        features = self.filters(self.chars(windows).flatten(1))               # (C, filters)
+        # A maximum that starts from 0 is a ReLU.
+        return torch.segment_reduce(features, "max", lengths=batch.n_chars, initial=0.0)
 
 
 class Encoder(nn.Module):
     """A stack of bidirectional LSTM layers, exact on padded input.
 
-    A plain padded BiLSTM is wrong: its backward half starts in the padding. Here the layers have no
-    bias; they read [x, m], m being the mask, and x zero on padding. So the weights of the last
-    column are the bias within a sentence; in the padding nothing moves the state from zero.
+    A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences are
+    right and take 1.7 to 2.5 times as long. Here the layers have no bias and read [x; m], m being 1
+    on tokens and 0 on padding, and x zero on padding. So the weights of the last column are the
+    bias within a sentence, and on padding all input is zero, so the state stays zero.
     """
 
     def __init__(self, width, shape, dropout):
         super().__init__()
-        n_layers, units = map(int, shape.split("x"))
-        self.width, self.dropout = 2 * units, dropout
-        self.layers = nn.ModuleList(
-            nn.LSTM((self.width if i else width) + 1, units, bias=False, batch_first=True,
-                    bidirectional=True) for i in range(n_layers))
-        # torch starts every weight within +-1 / sqrt(H), biases too. Through three stacked layers
-        # the tokens of a sentence then end up 0.01 apart, and the relation head learns nothing for
-        # hundreds of steps. Glorot & Bengio 2010 for the input, orthogonal for the state, and an
-        # open forget gate (Jozefowicz et al. 2015) keep them 0.1 apart.
-        with torch.no_grad():
-            for name, weight in self.layers.named_parameters():
-                for i, gate in enumerate(weight.chunk(4)):       # input, forget, cell, output
-                    if "weight_hh" in name:
-                        nn.init.orthogonal_(gate)
-                    else:
-                        nn.init.xavier_uniform_(gate)
-                        gate[:, -1] = float(i == 1)              # the bias
+        n_layers, units = map(int, shape.split("x"))              # such as 2x64, per direction
+        self.dropout = dropout
+        self.width = 2 * units
+        widths = [width] + [self.width] * (n_layers - 1)
+        self.layers = nn.ModuleList(first_lstm(w + 1, units) for w in widths)
 
-    def forward(self, x, mask, groups=()):
-        """(B, T, D), (B, T) -> (B, T, 2 H), both zero on padding. groups: see `Batch`."""
-        if len(groups) > 1:
-            outputs = [F.pad(self(x[rows, :longest], mask[rows, :longest]),
-                             (0, 0, 0, mask.shape[1] - longest)) for rows, longest in groups]
-            return torch.cat(outputs)[torch.cat([rows for rows, _ in groups]).argsort()]
+    def forward(self, x, mask):
+        """(B, T, width), (B, T) -> (B, T, D), both zero on padding."""
+        m = mask[:, :, None].to(x.dtype)                                         # (B, T, 1)
         for lstm in self.layers:
-            x, _ = lstm(torch.cat([x, mask[:, :, None]], -1))
-            x = x * dropout_factors(mask, self.width, self.dropout, self.training)
+            x, _ = lstm(torch.cat([x, m], 2))
+            x = dropout(x * m, self.dropout, self.training)
         return x
+
+
+# ----------------------------------------------------------------------------------------- heads
+
+class Head(nn.Module):
+    """What a task adds to the shared layers. Every head has
+
+    loss(x, embedded, batch)    training loss: the mean over the sentences of the batch
+    decode(x, embedded, batch)  predictions, a list with an entry for every sentence
+    count(predictions, batch)   {score: the four numbers of `Scores.add`}
+
+    x (B, T, D) is the output of the task's encoder; embedded (B, T, E) is that of the embedder,
+    which only coreference reads. predictions: {task: what its head decodes}.
+    """
+    mean = None                                # the name of the mean of its scores, if it is one
+
+    def __init__(self, task, labels):
+        super().__init__()
+        self.task = task
+        self.labels = labels
+        self.label_ids = {label: i for i, label in enumerate(labels)}
+
+    def gold(self, batch):
+        return [document.annotations[self.task.annotation][0] for document in batch.documents]
+
+    def count(self, predictions, batch):
+        pairs = zip(predictions[self.task.name], self.gold(batch))
+        return {"f1": sum_of(count_rows(found, gold) for found, gold in pairs)}
 
 
 # ------------------------------------------------------------------------- ner and emd: a tagger
 
 class CRF(nn.Module):
-    """Linear-chain conditional random field over K tags (Lafferty et al. 2001)."""
+    """Linear-chain conditional random field over K tags (Lafferty et al. 2001).
 
-    SCALED = 4      # tokens from one scaling of the forward states to the next
+    score(e, y) = start(y_1) + sum_t e_t(y_t) + sum_t A(y_t-1, y_t) + end(y_n)
+    loss(e, y)  = log Z(e) - score(e, y), where Z sums exp(score) over all tag sequences
+    """
 
     def __init__(self, allowed):
         """allowed: (K + 1, K + 1) bool, [i, j] whether tag j may follow i; K is start and end."""
@@ -221,463 +192,541 @@ class CRF(nn.Module):
         self.transitions = nn.Parameter(torch.zeros(n_tags, n_tags))
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
-        barred = torch.zeros(n_tags + 1, n_tags + 1).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("barred", barred, persistent=False)     # used in decoding only
+        forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+        self.register_buffer("forbidden", forbidden, persistent=False)    # for decoding only
 
     def loss(self, emissions, tags, mask):
-        """Negative log-likelihood of tags: (B, T, K), (B, T), (B, T) -> (B,)."""
+        """(B, T, K), (B, T), (B, T) -> (B,)."""
         return self.log_partition(emissions, mask) - self.score(emissions, tags, mask)
 
     def score(self, emissions, tags, mask):
-        last = mask.sum(1) - 1                                                   # (B,)
         emitted = emissions.gather(2, tags[:, :, None])[:, :, 0]                 # (B, T)
         moved = self.transitions[tags[:, :-1], tags[:, 1:]]                      # (B, T - 1)
-        return ((emitted * mask).sum(1) + (moved * mask[:, 1:]).sum(1) + self.start[tags[:, 0]]
-                + self.end[tags.gather(1, last[:, None])[:, 0]])
+        last_tag = tags.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]           # (B,)
+        inner = (emitted * mask).sum(1) + (moved * mask[:, 1:]).sum(1)
+        return self.start[tags[:, 0]] + inner + self.end[last_tag]
 
     def log_partition(self, emissions, mask):
-        """log of the sum over all tag sequences of exp(score), (B,).
+        """log Z, (B,), by the forward recursion
 
-        The forward algorithm on probabilities instead of their logs: one matrix product a token
-        instead of a logsumexp over (B, K, K), a ninth of the time with 73 tags. Every few tokens
-        the states are scaled to sum 1, and the logs of the scales added up; the result does not
-        depend on the scales, so no gradient needs to go through them. exp(transitions) must stay
-        above 0: learned ones do, hard -10,000 would not, hence `barred` in decoding only.
+            a_1(j) = start(j) + e_1(j)
+            a_t(j) = e_t(j) + log sum_i exp(a_t-1(i)) exp(A(i, j))
+            log Z  = log sum_j exp(a_n(j) + end(j)).
+
+        The sum over i is a matrix product: with 73 tags a fifth of the time of a logsumexp over
+        (B, K, K). Each row's largest a is taken out before exp and added again.
         """
-        top = emissions.amax(2, keepdim=True).detach()
-        emitted = (emissions - top).exp().unbind(1)                              # T times (B, K)
         transitions = self.transitions.exp()
-        states, scales = [], []
-        for t in range(len(emitted)):
-            state = (state @ transitions if t else self.start.exp()) * emitted[t]
-            if t % self.SCALED == 0:
-                scales.append(state.detach().sum(1, keepdim=True))
-                state = state / scales[-1]
-            states.append(state)
-        logs = (torch.cat(scales, 1).log() * mask[:, ::self.SCALED]).sum(1)      # (B,)
-        last = torch.stack(states)[mask.sum(1) - 1, torch.arange(len(mask))]     # (B, K)
-        return logs + (top[:, :, 0] * mask).sum(1) + (last @ self.end.exp()).log()
-
-    @torch.no_grad()
-    def decode(self, emissions, mask):
-        """The best tags among the allowed sequences (Viterbi), (B, T). Behind a sentence: anything.
-
-        Only maxima go forward; the arg max is taken on the way back, along the best path alone.
-        """
-        transitions = self.transitions + self.barred[:-1, :-1]
-        end = self.end + self.barred[:-1, -1]
-        best = [self.start + self.barred[-1, :-1] + emissions[:, 0]]
+        state = self.start + emissions[:, 0]                                     # (B, K)
+        states = [state]
         for emitted in emissions.unbind(1)[1:]:
-            best.append((best[-1][:, :, None] + transitions).amax(1) + emitted)  # (B, K)
-        last, tags = mask.sum(1) - 1, []
-        tag = torch.zeros_like(last)
-        for t in reversed(range(len(best))):
-            onward = torch.where((last == t)[:, None], end, transitions.T[tag])  # (B, K)
-            tag = (best[t] + onward).argmax(1)
-            tags.append(tag)
-        return torch.stack(tags[::-1], 1)
+            top = state.detach().amax(1, keepdim=True)
+            state = ((state - top).exp() @ transitions).log() + top + emitted
+            states.append(state)
+        # Every sentence ends at its own last token.
+        last = mask.sum(1) - 1
+        final = torch.stack(states)[last, torch.arange(len(last))]               # (B, K)
+        return (final + self.end).logsumexp(1)
+
+    def decode(self, emissions, mask):
+        """The best of all allowed tag sequences, (B, T); arbitrary past the end of a sentence."""
+        return viterbi(emissions, mask, self.start + self.forbidden[-1, :-1],
+                       self.transitions + self.forbidden[:-1, :-1],
+                       self.end + self.forbidden[:-1, -1])
 
 
-class Tagger(nn.Module):
-    """Spans with labels as BIOUL tags: begin, inside, outside, unit (one word), last.
+class Tagger(Head):
+    """Spans with labels, as BIOUL tags: begin, inside, outside, unit (one word), last."""
 
-    Every head has `loss` and `decode` of (x, embedded, batch): what it reads (B, T, 2 H), the
-    embedder's output (B, T, D), of which only coreference makes use, and the batch.
-    """
-
-    def __init__(self, annotation, width, labels):
-        super().__init__()
-        self.annotation, self.names = annotation, ["f1"]          # the names of its scores
-        self.tags = ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BIUL")]
-        self.ids = {tag: i for i, tag in enumerate(self.tags)}
+    def __init__(self, task, labels, width, word_width, settings):
+        super().__init__(task, labels)
+        self.tags = ["O"] + [f"{prefix}-{label}" for label in labels for prefix in "BIUL"]
+        self.tag_ids = {tag: i for i, tag in enumerate(self.tags)}
         self.emit = nn.Linear(width, len(self.tags))
-
-        def may_follow(left, right):
-            inside = left[0] in "BI"                              # a span is open
-            return (right[0] in "IL" and left[2:] == right[2:] if inside
-                    else right[0] in "OBU")
         states = [*self.tags, "O"]                                # the last is start and end
         self.crf = CRF(torch.tensor([[may_follow(a, b) for b in states] for a in states]))
 
     def loss(self, x, embedded, batch):
-        tags = np.zeros(batch.tokens.shape, dtype=np.int64)
-        for row, document, length in zip(tags, batch.documents, batch.lengths):
-            row[:length] = self.tags_of(getattr(document, self.annotation)[0], length)
-        return self.crf.loss(self.emit(x), torch.from_numpy(tags).to(x.device), batch.mask).mean()
-
-    def tags_of(self, spans, length):
-        """BIOUL numbers; of spans that overlap, the longest."""
-        tags = [0] * length
-        for start, end, label in outermost(spans):
-            if start == end:
-                tags[start] = self.ids[f"U-{label}"]
-            else:
-                tags[start:end + 1] = ([self.ids[f"B-{label}"]]
-                                       + [self.ids[f"I-{label}"]] * (end - start - 1)
-                                       + [self.ids[f"L-{label}"]])
-        return tags
+        tags = torch.zeros(batch.tokens.shape, dtype=torch.long)                 # (B, T)
+        for row, spans, length in zip(tags, self.gold(batch), batch.lengths):
+            ids = [self.tag_ids[tag] for tag in tags_of(spans, length)]
+            row[:length] = torch.tensor(ids)
+        return self.crf.loss(self.emit(x), tags.to(x.device), batch.mask).mean()
 
     def decode(self, x, embedded, batch):
         """[(start, end, label)] for every sentence."""
-        predictions = []
-        tags = self.crf.decode(self.emit(x), batch.mask).tolist()
-        for row, length in zip(tags, batch.lengths):
-            row, spans = [self.tags[i] for i in row[:length]], []
-            for t, tag in enumerate(row):
-                if tag[0] in "BU":
-                    start = t
-                if tag[0] in "LU":
-                    spans.append((start, t, tag[2:]))
-            predictions.append(spans)
-        return predictions
-
-
-def outermost(spans):
-    """Those spans that one tag sequence can hold: the longest of any that share a token."""
-    kept = []
-    for span in sorted(spans, key=lambda s: (s[0] - s[1], s)):
-        if all(span[1] < other[0] or other[1] < span[0] for other in kept):
-            kept.append(span)
-    return kept
+        ids = self.crf.decode(self.emit(x), batch.mask).tolist()
+        tags = [[self.tags[i] for i in row] for row in ids]
+        return [spans_of(row[:length]) for row, length in zip(tags, batch.lengths)]
 
 
 # ------------------------------------------------------------------------------------ rel: pairs
 
-class RelationHead(nn.Module):
-    """Multi-head selection (Bekoulis et al. 2018): for every pair of tokens i, j and every label,
-    sigmoid(V relu(U h_i + W h_j + b)), where i and j are the last tokens of the arguments. U, W and
-    V are that paper's letters, here `first`, `second` and `label`.
+class RelationHead(Head):
+    """Multi-head selection (Bekoulis et al. 2018). For every pair of tokens i, j and every label
 
-    Scores: a relation counts as right where its label and the `last-token` of both arguments are
-    (the paper's score); their `boundaries`; or, `strict`, boundaries and types."""
+        P(i, j, label) = sigmoid(V relu(U h_i + W h_j + b) + c),
 
-    def __init__(self, width, labels, settings):
-        super().__init__()
-        self.names, self.labels = ["last-token", "boundaries", "strict"], labels
-        self.ids = {label: i for i, label in enumerate(labels)}
+    where i and j are the last tokens of the arguments. U, W, V are here `first`, `second`, `label`.
+    """
+
+    def __init__(self, task, labels, width, word_width, settings):
+        super().__init__(task, labels)
         self.first = nn.Linear(width, settings.relation_units)
         self.second = nn.Linear(width, settings.relation_units, bias=False)
         self.label = nn.Linear(settings.relation_units, len(labels))
         for layer in (self.first, self.second, self.label):
             nn.init.xavier_uniform_(layer.weight)
+        # About one (pair, label) in a thousand is true; starting at 0, the first few hundred steps
+        # would only learn this.
         nn.init.constant_(self.label.bias, -7.0)
 
-    def scores(self, x, batch):
-        """Logits of all pairs of each sentence: a list of (T, T, R), T its own length.
-
-        Sentence by sentence, as all padded pairs at once cost 3.5 times the time.
-        """
-        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, H)
+    def logits(self, x, batch):
+        """A (T, T, R) tensor for each sentence, T its own length: all padded pairs at once take 3.5
+        times as long."""
+        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, F)
         second = self.second(x)[batch.mask].split(batch.lengths)
-        return [self.label(F.relu(u[:, None] + w[None])) for u, w in zip(first, second)]
+        return [self.label(F.relu(u[:, None] + w)) for u, w in zip(first, second)]
 
     def loss(self, x, embedded, batch):
-        """Binary cross-entropy, summed over the pairs: softplus(s) - s y, y = 1 where related."""
-        scores = self.scores(x, batch)
-        cells, offset = set(), 0          # a set: arguments of nested spans may share last tokens
-        for document, length in zip(batch.documents, batch.lengths):
-            cells |= {offset + (i * length + j) * len(self.labels) + self.ids[label]
-                      for _, i, _, j, label in document.relations[0]}
-            offset += length * length * len(self.labels)
-        logits = torch.cat([s.flatten() for s in scores])
-        related = torch.tensor(sorted(cells), dtype=torch.long, device=x.device)
-        return (F.softplus(logits).sum() - logits[related].sum()) / len(scores)
+        """Binary cross-entropy, summed over pairs and labels."""
+        loss = 0.0
+        for logits, relations in zip(self.logits(x, batch), self.gold(batch)):
+            related = torch.zeros(logits.shape)                                  # (T, T, R)
+            for _, i, _, j, label in relations:
+                related[i, j, self.label_ids[label]] = 1.0
+            loss = loss + F.binary_cross_entropy_with_logits(logits, related.to(x.device),
+                                                             reduction="sum")
+        return loss / len(batch.documents)
 
     def decode(self, x, embedded, batch):
         """[(i, j, label)] for every sentence: the pairs of last tokens with probability > 1/2."""
-        return [[(i, j, self.labels[r]) for i, j, r in (s > 0).nonzero().tolist()]
-                for s in self.scores(x, batch)]
+        found = [(logits > 0).nonzero().tolist() for logits in self.logits(x, batch)]
+        return [[(i, j, self.labels[r]) for i, j, r in rows] for rows in found]
 
-
-def with_spans(relations, spans):
-    """Relations between last tokens as (start1, end1, start2, end2, label), the arguments being
-    the spans that end there; a relation is left out where there is none."""
-    start = {end: start for start, end, _ in spans}
-    return [(start[i], i, start[j], j, label) for i, j, label in relations
-            if i in start and j in start]
+    def count(self, predictions, batch):
+        return count_relations(predictions, batch, self.gold(batch))
 
 
 # --------------------------------------------------------------------------- coref: antecedents
 
-class PairProduct(torch.autograd.Function):
-    """(rows, 1, G), (columns, G), (H, G) -> (rows, columns, H): the products of all pairs through a
-    linear layer. Autograd would keep all products for the way back, two thirds of the memory of a
-    step; here they are made again."""
+class FFNN(nn.Module):
+    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. The first is linear, so
+    each of its parts is multiplied once per token or span, and summed per span or pair."""
 
-    @staticmethod
-    def forward(ctx, rows, columns, weight):
-        ctx.save_for_backward(rows, columns, weight)
-        return (rows * columns) @ weight.T
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rows, columns, weight = ctx.saved_tensors
-        back = gradient @ weight                                     # (rows, columns, G)
-        return ((back * columns).sum(1, keepdim=True), (back * rows).sum(0),
-                gradient.flatten(0, 1).T @ (rows * columns).flatten(0, 1))
-
-
-class CorefHead(nn.Module):
-    """End-to-end coreference (Lee et al. 2017): every span of up to W words gets a mention score,
-    the best are kept, and each kept span picks an antecedent among those before it, or none."""
-
-    ROWS = 4        # spans whose antecedents are scored at once
-
-    def __init__(self, width, word_width, settings):
+    def __init__(self, widths, units):
         super().__init__()
-        self.names = list(COREF_SCORES)
-        units, feature = settings.coref_units, 20
-        self.max_span, self.ratio = settings.max_span, settings.spans_per_token
-        self.n_antecedents, self.dropout = settings.antecedents, settings.dropout
+        self.parts = nn.ModuleList(nn.Linear(n, units, bias=i == 0) for i, n in enumerate(widths))
+        self.upper = nn.Sequential(nn.ReLU(), nn.Linear(units, units),
+                                   nn.ReLU(), nn.Linear(units, 1))
+
+    def forward(self, summed):
+        """The sum of the parts' outputs (..., F) -> (...)."""
+        return self.upper(summed)[..., 0]
+
+
+class CorefHead(Head):
+    """End-to-end coreference (Lee et al. 2017), on one document.
+
+    Every span of up to W words gets a mention score; the best are kept; each kept span picks an
+    antecedent among the A kept spans before it, or none.
+
+        s_m(i)    = FFNN([x_first; x_last; x^; phi])      x^: attended words, phi: width feature
+        g_i       = [x_first; x_last; x^; phi]
+        s_a(i, j) = FFNN([g_i; g_j; g_i o g_j; phi])      phi: distance feature
+        s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
+    """
+    mean = "mean"
+    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]                 # where a new distance feature begins
+
+    def __init__(self, task, labels, width, word_width, settings):
+        super().__init__(task, labels)
+        units = settings.coref_units
+        feature = 20                                      # width of the vectors phi
+        self.settings = settings
         self.attention = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1))
-        self.span_width = nn.Embedding(self.max_span, feature)
-        self.distance = nn.Embedding(9, feature)
-        # The first layer of the mention scorer reads [first; last; attended words; width]. It is
-        # linear: a product per token for each part, summed per span.
-        self.mention_first = nn.Linear(width, units)
-        self.mention_last = nn.Linear(width, units, bias=False)
-        self.mention_words = nn.Linear(word_width, units, bias=False)
-        self.mention_width = nn.Linear(feature, units, bias=False)
-        self.mention = self.upper_layers(units)
-        # The antecedent scorer's, likewise, reads [span; antecedent; their product; distance].
+        self.span_width = nn.Embedding(settings.max_span, feature)
+        self.distance = nn.Embedding(len(self.BUCKETS) + 1, feature)
+        self.mention = FFNN([width, width, word_width, feature], units)
         span = 2 * width + word_width + feature
-        self.pair_span = nn.Linear(span, units)
-        self.pair_antecedent = nn.Linear(span, units, bias=False)
-        self.pair_product = nn.Linear(span, units, bias=False)
-        self.pair_distance = nn.Linear(feature, units, bias=False)
-        self.pair = self.upper_layers(units)
-
-    @staticmethod
-    def upper_layers(units):
-        """What a scorer has above its first layer: (..., H) -> (..., 1)."""
-        return nn.Sequential(nn.ReLU(), nn.Linear(units, units), nn.ReLU(), nn.Linear(units, 1))
-
-    def gold_clusters(self, batch):
-        """For every span, at its number start * W + width - 1, the number of its cluster, from 1; 0
-        for none. (N W,)"""
-        cluster = torch.zeros(sum(batch.lengths) * self.max_span, dtype=torch.long)
-        for i, mentions in enumerate(batch.documents[0].clusters, 1):
-            for start, end in mentions:
-                if end - start < self.max_span:
-                    cluster[start * self.max_span + end - start] = i
-        return cluster.to(batch.tokens.device)
-
-    def kept_spans(self, x, embedded, batch, gold=None):
-        """The numbers (S,) of the kept spans in the order of the text, their mention scores (S,)
-        and their representations g (S, G). Lee et al. 2017, sections 4 and 5."""
-        x, embedded = x[batch.mask], embedded[batch.mask]                        # (N, D)
-        n, w = len(x), self.max_span
-        token, step = torch.arange(n, device=x.device)[:, None], torch.arange(w, device=x.device)
-        sentence = torch.arange(len(batch.mask), device=x.device)[:, None].expand_as(batch.mask)
-        sentence = sentence[batch.mask]                                          # (N,)
-        later = (token + step).clamp(max=n - 1)             # (N, W): a token and those behind it
-        valid = (token + step < n) & (sentence[later] == sentence[:, None])
-
-        # Attention of span (start, width) over its words: a softmax over the first `width` of W.
-        weights = self.attention(x)[later, 0][:, None, :]                        # (N, 1, W)
-        weights = weights.masked_fill(step > step[:, None], float("-inf")).softmax(2)  # (N, W, W)
-        hidden = (self.mention_first(x)[:, None] + self.mention_last(x)[later]
-                  + weights @ self.mention_words(embedded)[later]
-                  + self.mention_width(self.span_width.weight))                  # (N, W, H)
-        scores = self.mention(hidden)[:, :, 0].masked_fill(~valid, float("-inf"))
-        scores = scores.flatten()                                                # (N W,)
-
-        n_kept = min(max(1, int(self.ratio * n)), int(valid.sum()))
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        chosen[scores.topk(n_kept).indices] = True
-        if gold is not None:
-            chosen |= (gold > 0) & valid.flatten()
-        kept = chosen.nonzero()[:, 0]                                            # (S,)
-        first, last = kept // w, kept // w + kept % w
-        attended = weights[first, kept % w][:, None] @ embedded[later[first]]    # (S, 1, D)
-        g = torch.cat([x[first], x[last], attended[:, 0], self.span_width(kept % w)], 1)  # (S, G)
-        dropout = dropout_factors(torch.ones_like(kept), g.shape[1], self.dropout, self.training)
-        return kept, scores[kept], g * dropout
-
-    def antecedent_scores(self, scores, g):
-        """For blocks of rows: (first row, first column, (rows, columns + 1) scores). Column 0 is no
-        antecedent, with score 0; the others are the spans from the first column on; -inf for those
-        that are not among the A before the row's span.
-
-        Blocks need no gathering of the (S, A) pairs: antecedents lie side by side.
-        """
-        as_span, as_antecedent = self.pair_span(g), self.pair_antecedent(g)
-        distances = self.pair_distance(self.distance.weight)                     # (9, H)
-        edges = torch.tensor([2, 3, 4, 5, 8, 16, 32, 64], device=g.device)       # of 9 buckets
-        for row in range(0, len(g), self.ROWS):
-            rows = slice(row, min(row + self.ROWS, len(g)))
-            first = max(0, row - self.n_antecedents)
-            columns = slice(first, rows.stop - 1)
-            gap = (torch.arange(rows.start, rows.stop, device=g.device)[:, None]
-                   - torch.arange(columns.start, columns.stop, device=g.device))
-            hidden = (as_span[rows, None] + as_antecedent[columns]
-                      + F.embedding(torch.bucketize(gap, edges, right=True), distances)
-                      + PairProduct.apply(g[rows, None], g[columns], self.pair_product.weight))
-            pairs = self.pair(hidden)[:, :, 0] + scores[rows, None] + scores[columns]
-            pairs = pairs.masked_fill((gap < 1) | (gap > self.n_antecedents), float("-inf"))
-            yield row, first, torch.cat([pairs.new_zeros(len(pairs), 1), pairs], 1)
+        self.pair = FFNN([span, span, span, feature], units)
 
     def loss(self, x, embedded, batch):
-        """Negative log of the probability of all correct antecedents, summed over kept spans."""
-        gold = self.gold_clusters(batch)
-        kept, scores, g = self.kept_spans(x, embedded, batch, gold)
-        cluster = gold[kept]                                                     # (S,)
-        loss = 0.0
-        for row, first, pairs in self.antecedent_scores(scores, g):
-            mine = cluster[row:row + len(pairs), None]
-            others = cluster[first:first + pairs.shape[1] - 1]
-            correct = (mine == others) & (mine > 0) & (pairs[:, 1:] > float("-inf"))
-            none = ~correct.any(1, keepdim=True)                 # then no antecedent is correct
-            correct = torch.cat([none, correct], 1)
-            loss = loss + (pairs.logsumexp(1)
-                           - pairs.masked_fill(~correct, float("-inf")).logsumexp(1)).sum()
-        return loss
+        """- sum over kept spans i of log P(i picks one of its correct antecedents)."""
+        gold = gold_clusters(batch, self.settings.max_span)                      # (N, W)
+        first, last, mention_scores, g = self.keep_spans(x, embedded, batch, gold)
+        scores = self.antecedent_scores(mention_scores, g)                       # (S, A + 1)
+        # Correct are all antecedents in the span's gold cluster, or none if there is none.
+        cluster = gold[first, last - first]                                      # (S,)
+        correct = torch.zeros_like(scores, dtype=torch.bool)
+        for d in range(1, scores.shape[1]):
+            correct[d:, d] = (cluster[d:] == cluster[:-d]) & (cluster[d:] > 0)
+        correct[:, 0] = ~correct.any(1)
+        right = scores.masked_fill(~correct, float("-inf"))
+        return (scores.logsumexp(1) - right.logsumexp(1)).sum()
 
     def decode(self, x, embedded, batch):
         """Clusters of (start, end), of the one document of the batch."""
-        kept, scores, g = self.kept_spans(x, embedded, batch)
-        best = []
-        for _, first, pairs in self.antecedent_scores(scores, g):
-            choice = pairs.argmax(1)
-            best += torch.where(choice > 0, choice - 1 + first, -1).tolist()
-        spans = [(i // self.max_span, i // self.max_span + i % self.max_span)
-                 for i in kept.tolist()]
-        cluster_of = {}
-        for span, antecedent in enumerate(best):
-            if antecedent >= 0:
-                cluster = cluster_of.setdefault(antecedent, [spans[antecedent]])
-                cluster.append(spans[span])
-                cluster_of[span] = cluster
-        return list({id(c): c for c in cluster_of.values()}.values())
+        first, last, mention_scores, g = self.keep_spans(x, embedded, batch)
+        back = self.antecedent_scores(mention_scores, g).argmax(1)               # 0: none
+        return clusters_of(list(zip(first.tolist(), last.tolist())), back.tolist())
+
+    def count(self, predictions, batch):
+        found = predictions[self.task.name]
+        gold = batch.documents[0].annotations[self.task.annotation]
+        return {name: score(found, gold) for name, score in COREF_SCORES.items()}
+
+    def keep_spans(self, x, embedded, batch, gold=None):
+        """Scores all spans and keeps the best (Lee et al. 2017, sections 4 and 5).
+
+        In (N, W), [n, w] is the span of w + 1 words from token n. Returns, of the kept spans in the
+        order of the text, the first and last tokens, s_m (all (S,)) and g (S, G).
+        """
+        x = x[batch.mask]                                                        # (N, D)
+        embedded = embedded[batch.mask]                                          # (N, E)
+        ends, valid = span_ends(batch, self.settings.max_span)                   # (N, W)
+        attended = self.attended_words(x, embedded, ends)                        # (N, W, E)
+        first, last, words, phi = self.mention.parts
+        hidden = first(x)[:, None] + last(x)[ends] + words(attended)             # (N, W, F)
+        scores = self.mention(hidden + phi(self.span_width.weight))              # (N, W)
+        scores = scores.masked_fill(~valid, float("-inf"))
+
+        # Prune. In training, keep the gold mentions too: otherwise all scores can collapse together
+        # until no gold mention survives, and the loss sticks at 0.
+        n_kept = max(1, int(self.settings.spans_per_token * len(x)))
+        best = scores.flatten().topk(min(n_kept, int(valid.sum()))).indices
+        kept = torch.zeros_like(valid)
+        kept.view(-1)[best] = True
+        if gold is not None:
+            kept |= valid & (gold > 0)
+
+        n, w = kept.nonzero().unbind(1)                                          # (S,)
+        g = torch.cat([x[n], x[n + w], attended[n, w], self.span_width(w)], 1)
+        return n, n + w, scores[n, w], dropout(g, self.settings.dropout, self.training)
+
+    def attended_words(self, x, embedded, ends):
+        """x^ of all spans, (N, W, E): their words, weighted by a softmax of a learned score."""
+        scores = self.attention(x)[ends, 0]                                      # (N, W)
+        step = torch.arange(ends.shape[1], device=x.device)
+        outside = step > step[:, None]                                           # (W, W)
+        scores = scores[:, None].masked_fill(outside, float("-inf"))             # (N, W, W)
+        return scores.softmax(2) @ embedded[ends]
+
+    def antecedent_scores(self, mention_scores, g):
+        """s, (S, A + 1): column d holds the span d places back, column 0 none.
+
+        All pairs that are d apart are two slices, so nothing needs to be gathered.
+        """
+        left, right, product, phi = self.pair.parts
+        span, antecedent = left(g), right(g)                                     # (S, F)
+        distance = phi(self.distance.weight)                                     # (buckets, F)
+        columns = [0 * mention_scores]
+        for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
+            bucket = sum(d >= edge for edge in self.BUCKETS)
+            hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, F)
+            s = self.pair(hidden + product(g[d:] * g[:-d]))
+            s = s + mention_scores[d:] + mention_scores[:-d]
+            columns.append(F.pad(s, (d, 0), value=float("-inf")))
+        return torch.stack(columns, 1)
 
 
 # ------------------------------------------------------------------------------------- the model
 
+HEADS = {"ner": Tagger, "emd": Tagger, "rel": RelationHead, "coref": CorefHead}
+
+
 class HMTL(nn.Module):
-    """The hierarchy of encoders and heads for the chosen tasks."""
+    """The hierarchy of encoders, and a head for each chosen task."""
 
     def __init__(self, tasks, labels, vocabulary, settings, vectors=None):
         """tasks: chosen `Task`s, the lowest first; labels: {task name: list of labels}; vectors:
         (words, array) of `read_vectors` or None."""
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
-        self.below, self.reads = layout(settings.sharing, self.tasks)
+        self.below, self.reads = layout(settings.sharing, list(self.tasks))
         self.embedder = Embedder(vocabulary, settings, vectors)
-        self.encoders, self.heads = nn.ModuleDict(), nn.ModuleDict()
-
-        def add_encoder(name):
-            if name not in self.encoders:
-                width = self.embedder.width + sum(add_encoder(t).width for t in self.below[name])
-                shape = getattr(settings, f"{name}_encoder")
-                self.encoders[name] = Encoder(width, shape, settings.dropout)
-            return self.encoders[name]
-        for name, task in self.tasks.items():
-            width = max(add_encoder(t).width for t in self.reads[name])
-            if name == "coref":
-                self.heads[name] = CorefHead(width, self.embedder.width, settings)
-            elif name == "rel":
-                self.heads[name] = RelationHead(width, labels[name], settings)
-            else:
-                self.heads[name] = Tagger(task.annotation, width, labels[name])
-        self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads)) for name, reads
-                                          in self.reads.items() if len(reads) > 1})
-        # The tagger that gives relations their spans: the nearest below.
-        self.tagger = next((name for name in ("emd", "ner") if name in self.tasks), None)
-        self.metrics = {name: Scores(self.heads[name].names, "mean" if name == "coref" else None)
-                        for name in self.tasks}
+        self.encoders = nn.ModuleDict()
+        for name, below in self.below.items():
+            width = self.embedder.width + sum(self.encoders[t].width for t in below)
+            shape = getattr(settings, f"{name}_encoder", settings.encoder)
+            self.encoders[name] = Encoder(width, shape, settings.dropout)
+        self.heads = nn.ModuleDict()
+        self.metrics = {}
+        for name, reads in self.reads.items():
+            width = max(self.encoders[t].width for t in reads)
+            self.heads[name] = HEADS[name](self.tasks[name], labels[name], width,
+                                           self.embedder.width, settings)
+            self.metrics[name] = Scores(self.heads[name].mean)
+        self.mixtures = first_mixtures(self.reads)
 
     def encode(self, batch, tasks):
-        """The embedder's output (B, T, D), and {task: what its head reads, (B, T, 2 H)}. Every
-        encoder that the tasks need runs once."""
+        """The embedder's output (B, T, E), and {task: what its head reads, (B, T, D)}."""
+        # Only the encoders that the tasks need, from the top to the bottom ...
+        needed = {encoder for task in tasks for encoder in self.reads[task]}
+        for name in reversed(self.below):
+            if name in needed:
+                needed.update(self.below[name])
+        # ... run once, from the bottom to the top.
         embedded = self.embedder(batch)
         outputs = {}
-
-        def run(name):
-            if name not in outputs:
-                x = torch.cat([embedded, *map(run, self.below[name])], 2)
-                outputs[name] = self.encoders[name](x, batch.mask, batch.groups)
-            return outputs[name]
-
-        def what_is_read(name):
-            read = [run(t) for t in self.reads[name]]
-            if len(read) == 1:
-                return read[0]
-            width = max(x.shape[2] for x in read)              # the narrow ones end in zeros
-            return sum(weight * F.pad(x, (0, width - x.shape[2]))
-                       for weight, x in zip(self.mixtures[name].softmax(0), read))
-        return embedded, {name: what_is_read(name) for name in tasks}
+        for name, below in self.below.items():
+            if name in needed:
+                x = torch.cat([embedded, *(outputs[t] for t in below)], 2)
+                outputs[name] = run_in_groups(self.encoders[name], x, batch)
+        return embedded, {task: head_input(self, task, outputs) for task in tasks}
 
     def forward(self, task_name, batch):
         """{"loss": scalar} in training. In evaluation {"predictions": list}, one entry a sentence
         (for coreference: the clusters of the document), and the task's metric is updated."""
         head = self.heads[task_name]
         if self.training:
-            embedded, outputs = self.encode(batch, [task_name])
-            return {"loss": head.loss(outputs[task_name], embedded, batch)}
+            embedded, inputs = self.encode(batch, [task_name])
+            return {"loss": head.loss(inputs[task_name], embedded, batch)}
         predictions = self.predict(batch, [task_name])
-        self.update(task_name, batch, predictions)
+        self.metrics[task_name].add(head.count(predictions, batch))
         return {"predictions": predictions[task_name]}
 
     @torch.no_grad()
     def predict(self, batch, tasks=None):
-        """{task: predictions} in one pass; for relations, those of the tagger come along."""
+        """{task: predictions} in one pass. For relations, also of the tagger that finds their
+        arguments."""
         tasks = list(tasks or self.tasks)
-        if "rel" in tasks and self.tagger and self.tagger not in tasks:
-            tasks.append(self.tagger)
-        embedded, outputs = self.encode(batch, tasks)
-        return {name: self.heads[name].decode(outputs[name], embedded, batch) for name in tasks}
-
-    def update(self, task_name, batch, predictions):
-        metric = self.metrics[task_name]
-        if task_name == "coref":
-            for name, count in COREF_SCORES.items():
-                metric.add(name, count(predictions["coref"], batch.documents[0].clusters))
-            return
-        for i, document in enumerate(batch.documents):
-            found = predictions[task_name][i]
-            gold = getattr(document, self.tasks[task_name].annotation)[0]
-            if task_name != "rel":
-                metric.add("f1", count_rows(found, gold))
-                continue
-            metric.add("last-token", count_rows(found, [(r[1], r[3], r[4]) for r in gold]))
-            if self.tagger:
-                spans = predictions[self.tagger][i]
-                found = with_spans(found, spans)
-                metric.add("boundaries", count_rows(found, gold))
-                gold_spans = getattr(document, self.tasks[self.tagger].annotation)
-                if gold_spans is not None:
-                    metric.add("strict", count_rows(with_types(found, spans),
-                                                    with_types(gold, gold_spans[0])))
+        tagger = argument_tagger(self.tasks)
+        if "rel" in tasks and tagger and tagger not in tasks:
+            tasks.append(tagger)
+        embedded, inputs = self.encode(batch, tasks)
+        return {task: self.heads[task].decode(inputs[task], embedded, batch) for task in tasks}
 
     def get_metrics(self, task_name, reset=False):
         """{score name: percent} of everything that `forward` evaluated since the last reset."""
         metric = self.metrics[task_name]
         scores = metric.compute()
         if reset:
-            metric.reset()
+            metric.sums = {}
         return scores
 
-    def annotate(self, document, batch):
-        """The document with everything that the model predicts, offsets from its start."""
-        predictions = self.predict(batch)
-        if "rel" in predictions:
-            spans = predictions.get(self.tagger)
-            if spans is None:      # without a tagger an argument is its last token
-                spans = [[(t, t, "") for t in range(n)] for n in batch.lengths]
-            predictions["rel"] = list(map(with_spans, predictions["rel"], spans))
-        annotated = Document(document.key, document.sentences)
-        for name, found in predictions.items():
-            if name != "coref":
-                rows, found, start = [], iter(found), 0
-                for words in document.sentences:
-                    rows.append([shifted(row, start) for row in (next(found) if words else [])])
-                    start += len(words)
-                found = rows
-            setattr(annotated, self.tasks[name].annotation, found)
-        return annotated
+
+# ================================================================================================
+# Skip this on a first reading: the practical side. Go on with train.py.
+# ================================================================================================
+#
+# What differs from the paper, and why:
+# - No ELMo: the packages are torch and numpy. Scores are lower by what ELMo brings.
+# - For coreference too every sentence of a document is encoded on its own, as in Lee et al. 2017:
+#   the lower encoders then see what they see in the other tasks.
+# - A sentence's loss is the sum over its tokens or pairs, a batch's the mean over its sentences
+#   (for coreference, the sum over its one document). Nothing depends on what it was batched with; the
+#   authors' code averaged relations over padding.
+# - A rare word, one of a single training document, is read as the unknown word half of the time. So
+#   the vector of the unknown is trained, and coreference learns to match names by their characters.
+# - The output bias of the relation head starts at -7, and the LSTMs start from larger weights than
+#   torch gives them (`first_lstm`). A task whose dev score is still 0 loses neither patience nor
+#   learning rate (train.py). Without the last two, relations were seen to score 0 for 60 epochs.
+# - In training, gold mentions are kept beside those with the best scores.
+# - Kept spans may cross each other; Lee et al. drop such spans.
+# - Dropout on words is drawn once for each distinct word of a batch, and the coreference scorers
+#   drop parts of what they read, not their many hidden units: fewer numbers to draw.
+
+def other_layout(sharing, tree):
+    """What the paper's tree is compared with. inverted: the same tree upside down; flat: one stack
+    of all encoders, every head reads its top; latent: the tree, but a head reads a learned mixture
+    of all encoders, after the idea of Ruder et al. 2017, "Latent multi-task architecture
+    learning"."""
+    tasks = list(tree)
+    if sharing == "inverted":
+        above = {task: [t for t in tasks if task in tree[t]] for task in reversed(tasks)}
+        return above, {task: [task] for task in tasks}
+    if sharing == "flat":
+        stack = {task: tasks[:i][-1:] for i, task in enumerate(tasks)}
+        return stack, {task: tasks[-1:] for task in tasks}
+    return tree, {task: tasks for task in tasks}
+
+
+def first_mixtures(reads):
+    """A weight, before the softmax, for each encoder that a head reads, if it reads several."""
+    return nn.ParameterDict({task: torch.zeros(len(encoders)) for task, encoders in reads.items()
+                             if len(encoders) > 1})
+
+
+def head_input(model, task, outputs):
+    """The output of the task's encoder; with latent sharing sum_k softmax(w)_k x_k, a mixture of
+    the outputs of all encoders, of which narrow ones end in zeros."""
+    read = [outputs[encoder] for encoder in model.reads[task]]
+    if len(read) == 1:
+        return read[0]
+    width = max(x.shape[2] for x in read)
+    return sum(weight * F.pad(x, (0, width - x.shape[2]))
+               for weight, x in zip(model.mixtures[task].softmax(0), read))
+
+
+class WordVectors(nn.Module):
+    """(U,) -> (U, word_dim); in training, a rare word sometimes gets the vector of the unknown.
+
+    Words that only the vector file has never get a gradient. Frozen, and so out of the optimizer,
+    400,000 of them save 31 ms a step.
+    """
+
+    def __init__(self, vocabulary, settings, vectors):
+        super().__init__()
+        table = torch.randn(len(vocabulary.words), settings.word_dim) * 0.1
+        table[0] = 0.0                                                           # padding
+        if vectors:
+            words, values = vectors
+            table[[vocabulary.word_ids[word] for word in words]] = torch.from_numpy(values)
+        trained, frozen = table.split([len(vocabulary.counts), len(table) - len(vocabulary.counts)])
+        self.trained = nn.Embedding.from_pretrained(trained.clone(), freeze=False, padding_idx=0)
+        self.register_buffer("frozen", frozen.clone())
+        rare = torch.tensor(vocabulary.counts) <= settings.rare
+        self.register_buffer("unknown", settings.unknown * rare, persistent=False)
+
+    def forward(self, ids):
+        if self.training:           # training documents have no word of the vector file alone
+            ids = torch.where(torch.rand(ids.shape, device=ids.device) < self.unknown[ids], 1, ids)
+        n = len(self.unknown)
+        vectors = self.trained(ids.clamp(max=n - 1))
+        if len(self.frozen):
+            vectors = torch.where((ids < n)[:, None], vectors, self.frozen[(ids - n).clamp(min=0)])
+        return vectors
+
+
+def random_bytes(shape, device):
+    """Eight bytes of every random number: with them dropout takes a third of F.dropout's time."""
+    n = torch.Size(shape).numel()
+    numbers = torch.randint(-2 ** 63, 2 ** 63 - 1, (n // 8 + 1,), device=device)
+    return numbers.view(torch.uint8)[:n].view(shape)
+
+
+@torch.no_grad()
+def first_lstm(width, units):
+    """torch starts every weight within +-1 / sqrt(H), biases too. Through three stacked layers the
+    tokens of a sentence then end up 0.01 apart, and the relation head learns nothing for hundreds
+    of steps. Glorot & Bengio 2010 for the input, orthogonal for the state, and an open forget gate
+    (Jozefowicz et al. 2015) keep them 0.1 apart."""
+    lstm = nn.LSTM(width, units, bias=False, batch_first=True, bidirectional=True)
+    for name, weight in lstm.named_parameters():
+        for i, gate in enumerate(weight.chunk(4)):               # input, forget, cell, output
+            if "weight_hh" in name:
+                nn.init.orthogonal_(gate)
+            else:
+                nn.init.xavier_uniform_(gate)
+                gate[:, -1] = float(i == 1)                      # the bias: see `Encoder`
+    return lstm
+
+
+def run_in_groups(encoder, x, batch, size=8):
+    """The encoder on sentences of like lengths together, if more than a third of a batch is
+    padding, as in a document. One of 2,000 tokens then takes about half the time."""
+    if batch.mask.numel() <= 1.5 * sum(batch.lengths):
+        return encoder(x, batch.mask)
+    output = x.new_zeros(*batch.mask.shape, encoder.width)
+    order = sorted(range(len(batch.lengths)), key=lambda i: batch.lengths[i])
+    for rows in [order[i:i + size] for i in range(0, len(order), size)]:
+        longest = batch.lengths[rows[-1]]
+        output[rows, :longest] = encoder(x[rows, :longest], batch.mask[rows, :longest])
+    return output
+
+
+@torch.no_grad()
+def viterbi(emissions, mask, start, transitions, end):
+    """b_t(j) = e_t(j) + max_i (b_t-1(i) + A(i, j)). Only the maxima go forward; the arg max is
+    taken on the way back, along the best path alone."""
+    best = [start + emissions[:, 0]]
+    for emitted in emissions.unbind(1)[1:]:
+        best.append((best[-1][:, :, None] + transitions).amax(1) + emitted)      # (B, K)
+    last, tags = mask.sum(1) - 1, []
+    tag = torch.zeros_like(last)
+    for t in reversed(range(len(best))):
+        onward = torch.where((last == t)[:, None], end, transitions.T[tag])      # (B, K)
+        tag = (best[t] + onward).argmax(1)
+        tags.append(tag)
+    return torch.stack(tags[::-1], 1)
+
+
+def sum_of(counts):
+    return [sum(column) for column in zip(*counts)]
+
+
+def argument_tagger(tasks):
+    """The tagger that gives relations their arguments: mentions before names."""
+    return next((name for name in ("emd", "ner") if name in tasks), None)
+
+
+def with_spans(relations, spans):
+    """Relations between last tokens as (start1, end1, start2, end2, label), the arguments being
+    the spans that end there; a relation is left out if there is none."""
+    start = {end: start for start, end, _ in spans}
+    return [(start[i], i, start[j], j, label) for i, j, label in relations
+            if i in start and j in start]
 
 
 def with_types(relations, spans):
     """Relations with the labels of their arguments' spans."""
     label = {(start, end): label for start, end, label in spans}
     return [(*r, label.get(r[:2]), label.get(r[2:4])) for r in relations]
+
+
+def count_relations(predictions, batch, gold_relations):
+    """`last-token`, the paper's score, asks for the label and the last tokens of both arguments;
+    `boundaries` for the arguments' spans; `strict` for their types too. Spans and types come from
+    the tagger: the last two need one, and `strict` its annotation."""
+    rows = {"last-token": [], "boundaries": [], "strict": []}
+    tagger = argument_tagger(predictions)
+    for i, gold in enumerate(gold_relations):
+        found = predictions["rel"][i]
+        rows["last-token"].append(count_rows(found, [(r[1], r[3], r[4]) for r in gold]))
+        if tagger:
+            spans, annotations = predictions[tagger][i], batch.documents[i].annotations
+            found = with_spans(found, spans)
+            rows["boundaries"].append(count_rows(found, gold))
+            if tagger in annotations:
+                gold = with_types(gold, annotations[tagger][0])
+                rows["strict"].append(count_rows(with_types(found, spans), gold))
+    return {name: sum_of(counts) for name, counts in rows.items() if counts}
+
+
+def span_ends(batch, longest):
+    """(N, W): the last tokens of all spans, and which spans lie within a sentence."""
+    n, device = sum(batch.lengths), batch.mask.device
+    ends = torch.arange(n, device=device)[:, None] + torch.arange(longest, device=device)
+    row = torch.arange(len(batch.mask), device=device)[:, None]
+    sentence = row.expand_as(batch.mask)[batch.mask]                             # (N,)
+    clamped = ends.clamp(max=n - 1)
+    return clamped, (ends < n) & (sentence[clamped] == sentence[:, None])
+
+
+def gold_clusters(batch, longest):
+    """(N, W): for every span the number of its gold cluster, from 1; 0 for none."""
+    cluster = torch.zeros(sum(batch.lengths), longest, dtype=torch.long)
+    for i, mentions in enumerate(batch.documents[0].annotations["clusters"], 1):
+        for start, end in mentions:
+            if end - start < longest:
+                cluster[start, end - start] = i
+    return cluster.to(batch.mask.device)
+
+
+def clusters_of(spans, back):
+    """Clusters of the spans that each pick the one `back` places before, 0 for none."""
+    cluster_of = {}
+    for i, d in enumerate(back):
+        if d > 0:
+            cluster_of[i] = cluster_of.setdefault(i - d, [spans[i - d]])
+            cluster_of[i].append(spans[i])
+    return list({id(cluster): cluster for cluster in cluster_of.values()}.values())
+
+
+def annotate(model, document, batch):
+    """The document with everything that the model predicts. batch: of this document alone."""
+    predictions = model.predict(batch)
+    if "rel" in predictions:        # without a tagger, an argument is its last token
+        last_tokens = [[(t, t, "") for t in range(n)] for n in batch.lengths]
+        spans = predictions.get(argument_tagger(predictions), last_tokens)
+        predictions["rel"] = list(map(with_spans, predictions["rel"], spans))
+    annotated = Document(document.key, document.sentences)
+    for name, rows in predictions.items():
+        task = model.tasks[name]
+        if not task.whole_documents:               # offsets from the start of the document
+            found, ends = iter(rows), accumulate(map(len, document.sentences), initial=0)
+            rows = [[shifted(row, start) for row in (next(found) if words else [])]
+                    for words, start in zip(document.sentences, ends)]
+        annotated.annotations[task.annotation] = rows
+    return annotated
