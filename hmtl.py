@@ -12,7 +12,7 @@ Left out for the reader's sake, and found below the banner: what differs from th
 table of word vectors, first weights, other ways to share, how spans are listed and scored.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
-C their characters, E width of the embedder, D width of an encoder, F hidden units of a head,
+C their characters, E width of the embedder, D width of an encoder, H hidden units of a head,
 K tags, R relation labels, W longest span, S kept spans, G width of a span's representation,
 A antecedents.
 """
@@ -31,7 +31,7 @@ from tasks import (COREF_SCORES, Document, Scores, count_rows, may_follow, shift
 @dataclass
 class Settings:
     """All settings of a run. Each field is a flag of train.py; its comment is the flag's help."""
-    tasks: tuple = ("ner", "emd", "rel", "coref")      # which of these to train
+    tasks: tuple = ("ner", "emd", "rel", "coref")      # which tasks to train
     data: tuple = ()                   # DIR for all tasks, or TASK=DIR ...; none: built-in corpus
     vectors: str = ""                  # file of word vectors, GloVe text
     # model
@@ -49,7 +49,7 @@ class Settings:
     relation_units: int = 128          # hidden units of the relation head
     coref_units: int = 150             # hidden units of the mention and antecedent scorers
     max_span: int = 8                  # tokens in a coreference span
-    spans_per_token: float = 0.4       # coreference spans that are kept
+    spans_per_token: float = 0.4       # kept coreference spans per token
     antecedents: int = 70              # nearest kept spans that are scored
     max_tokens: int = 4000             # longer training documents of coreference are cut
     sharing: str = "hierarchical"      # which encoders a head reads: see `layout` in hmtl.py
@@ -60,8 +60,8 @@ class Settings:
     schedule: str = "proportional"     # which task next: see `plan_epoch` in train.py
     successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
     epochs: int = 40                   # an epoch: as many steps as there are batches in all
-    patience: int = 20                 # epochs without improvement until a task may end
-    lr_patience: int = 8               # its learning rate is halved after more epochs than this
+    patience: int = 20                 # training ends when no task improved for so many epochs
+    lr_patience: int = 8               # a task's rate is halved after more epochs without a best
     seed: int = 0                      # everything random follows from it
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
@@ -87,7 +87,7 @@ def dropout(x, p, training):
     """A share p of the values becomes 0, the others grow by 1 / (1 - p)."""
     if not training:
         return x
-    limit = int(256 * p)
+    limit = int(256 * p)                                # p in 256ths, to compare with bytes
     kept = random_bytes(x.shape, x.device) >= limit
     return x * (kept * (256 / (256 - limit)))
 
@@ -109,12 +109,11 @@ class Embedder(nn.Module):
         words = self.words(batch.words)
         chars = self.char_features(batch)
         features = dropout(torch.cat([words, chars], 1), self.dropout, self.training)    # (U, E)
-        features = features * (batch.n_chars > 0)[:, None]                    # padding has none
         return F.embedding(batch.tokens, features)                            # (B, T, E)
 
     def char_features(self, batch):
-        """Max over a word's characters c_t of relu(Q [c_t-1; c_t; c_t+1] + b), (U, filters). Words lie
-        in one row with a 0 between them: a padded convolution takes 1.5 to 2 times as long."""
+        """Max over a word's characters c_t of relu(Q [c_t-1; c_t; c_t+1] + b), (U, filters). Words
+        lie in one row with a 0 between them: a padded convolution takes 1.5 to 2 times as long."""
         windows = batch.chars.unfold(0, 3, 1)                                 # (C + U - 1, 3)
         windows = windows[batch.chars[1:-1] > 0]                              # (C, 3)
         features = self.filters(self.chars(windows).flatten(1))               # (C, filters)
@@ -127,8 +126,8 @@ class Encoder(nn.Module):
 
     A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences are
     right and take 1.7 to 2.5 times as long. Here the layers have no bias and read [x; m], m being 1
-    on tokens and 0 on padding, and x zero on padding. So the weights of the last column are the
-    bias within a sentence, and on padding all input is zero, so the state stays zero.
+    on tokens and 0 on padding, and x zero on padding. The weights of m are the bias on tokens; on
+    padding all input is zero, so the backward state is still zero when it meets the last token.
     """
 
     def __init__(self, width, shape, dropout):
@@ -151,16 +150,17 @@ class Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------- heads
 
 class Head(nn.Module):
-    """What a task adds to the shared layers. Every head has
+    """What a task adds to the shared layers. Built as Head(task, labels, width of x, width of
+    embedded, settings), a head has two methods of its own:
 
-    loss(x, embedded, batch)    training loss: the mean over the sentences of the batch
-    decode(x, embedded, batch)  predictions, a list with an entry for every sentence
-    count(predictions, batch)   {score: the four numbers of `Scores.add`}
+    loss(x, embedded, batch)    training loss, a scalar
+    decode(x, embedded, batch)  predictions, a list with the rows of every document
 
     x (B, T, D) is the output of the task's encoder; embedded (B, T, E) is that of the embedder,
-    which only coreference reads. predictions: {task: what its head decodes}.
+    which only coreference reads.
     """
-    mean = None                                # the name of the mean of its scores, if it is one
+    scores = {"f1": count_rows}                # name -> function of (predicted, gold rows)
+    mean = None                                # name of their mean, if that is a score too
 
     def __init__(self, task, labels):
         super().__init__()
@@ -169,11 +169,16 @@ class Head(nn.Module):
         self.label_ids = {label: i for i, label in enumerate(labels)}
 
     def gold(self, batch):
-        return [document.annotations[self.task.annotation][0] for document in batch.documents]
+        rows = [document.annotations[self.task.annotation] for document in batch.documents]
+        if self.task.whole_documents:
+            return rows
+        return [sentences[0] for sentences in rows]             # such documents are one sentence
 
     def count(self, predictions, batch):
-        pairs = zip(predictions[self.task.name], self.gold(batch))
-        return {"f1": sum_of(count_rows(found, gold) for found, gold in pairs)}
+        """{score: the four numbers of `Scores.add`}. predictions: {task: what its head decodes}."""
+        pairs = list(zip(predictions[self.task.name], self.gold(batch)))
+        return {name: sum_of(score(*pair) for pair in pairs)
+                for name, score in self.scores.items()}
 
 
 # ------------------------------------------------------------------------- ner and emd: a tagger
@@ -193,7 +198,8 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)    # for decoding only
+        self.register_buffer("forbidden", forbidden, persistent=False)    # for decoding only: the
+        # loss learns to avoid what is forbidden
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""
@@ -277,14 +283,14 @@ class RelationHead(Head):
         self.label = nn.Linear(settings.relation_units, len(labels))
         for layer in (self.first, self.second, self.label):
             nn.init.xavier_uniform_(layer.weight)
-        # About one (pair, label) in a thousand is true; starting at 0, the first few hundred steps
-        # would only learn this.
+        # About one (pair, label) in a thousand is true; from a bias of 0, the first few hundred
+        # steps would only learn this.
         nn.init.constant_(self.label.bias, -7.0)
 
     def logits(self, x, batch):
         """A (T, T, R) tensor for each sentence, T its own length: all padded pairs at once take 3.5
         times as long."""
-        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, F)
+        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, H)
         second = self.second(x)[batch.mask].split(batch.lengths)
         return [self.label(F.relu(u[:, None] + w)) for u, w in zip(first, second)]
 
@@ -311,8 +317,8 @@ class RelationHead(Head):
 # --------------------------------------------------------------------------- coref: antecedents
 
 class FFNN(nn.Module):
-    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. The first is linear, so
-    each of its parts is multiplied once per token or span, and summed per span or pair."""
+    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. The first, before its
+    ReLU, is a sum of parts, so each is multiplied once per token or span, not per span or pair."""
 
     def __init__(self, widths, units):
         super().__init__()
@@ -321,7 +327,7 @@ class FFNN(nn.Module):
                                    nn.ReLU(), nn.Linear(units, 1))
 
     def forward(self, summed):
-        """The sum of the parts' outputs (..., F) -> (...)."""
+        """The sum of the parts' outputs (..., H) -> (...)."""
         return self.upper(summed)[..., 0]
 
 
@@ -331,11 +337,12 @@ class CorefHead(Head):
     Every span of up to W words gets a mention score; the best are kept; each kept span picks an
     antecedent among the A kept spans before it, or none.
 
-        s_m(i)    = FFNN([x_first; x_last; x^; phi])      x^: attended words, phi: width feature
-        g_i       = [x_first; x_last; x^; phi]
+        g_i       = [x_first; x_last; x^; phi]            x^: attended words, phi: width feature
+        s_m(i)    = FFNN(g_i)
         s_a(i, j) = FFNN([g_i; g_j; g_i o g_j; phi])      phi: distance feature
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
     """
+    scores = COREF_SCORES
     mean = "mean"
     BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]                 # where a new distance feature begins
 
@@ -353,10 +360,11 @@ class CorefHead(Head):
 
     def loss(self, x, embedded, batch):
         """- sum over kept spans i of log P(i picks one of its correct antecedents)."""
-        gold = gold_clusters(batch, self.settings.max_span)                      # (N, W)
+        gold = gold_clusters(batch, self.gold(batch)[0], self.settings.max_span)  # (N, W)
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch, gold)
         scores = self.antecedent_scores(mention_scores, g)                       # (S, A + 1)
-        # Correct are all antecedents in the span's gold cluster, or none if there is none.
+        # Correct are all antecedents in the span's gold cluster, or none if there is none. Column d
+        # is the span d places back, column 0 none.
         cluster = gold[first, last - first]                                      # (S,)
         correct = torch.zeros_like(scores, dtype=torch.bool)
         for d in range(1, scores.shape[1]):
@@ -366,15 +374,11 @@ class CorefHead(Head):
         return (scores.logsumexp(1) - right.logsumexp(1)).sum()
 
     def decode(self, x, embedded, batch):
-        """Clusters of (start, end), of the one document of the batch."""
+        """[clusters of (start, end)], of the one document."""
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch)
         back = self.antecedent_scores(mention_scores, g).argmax(1)               # 0: none
-        return clusters_of(list(zip(first.tolist(), last.tolist())), back.tolist())
-
-    def count(self, predictions, batch):
-        found = predictions[self.task.name]
-        gold = batch.documents[0].annotations[self.task.annotation]
-        return {name: score(found, gold) for name, score in COREF_SCORES.items()}
+        spans = list(zip(first.tolist(), last.tolist()))
+        return [clusters_of(spans, back.tolist())]
 
     def keep_spans(self, x, embedded, batch, gold=None):
         """Scores all spans and keeps the best (Lee et al. 2017, sections 4 and 5).
@@ -386,9 +390,9 @@ class CorefHead(Head):
         embedded = embedded[batch.mask]                                          # (N, E)
         ends, valid = span_ends(batch, self.settings.max_span)                   # (N, W)
         attended = self.attended_words(x, embedded, ends)                        # (N, W, E)
-        first, last, words, phi = self.mention.parts
-        hidden = first(x)[:, None] + last(x)[ends] + words(attended)             # (N, W, F)
-        scores = self.mention(hidden + phi(self.span_width.weight))              # (N, W)
+        of_first, of_last, of_words, of_width = self.mention.parts
+        hidden = of_first(x)[:, None] + of_last(x)[ends] + of_words(attended)    # (N, W, H)
+        scores = self.mention(hidden + of_width(self.span_width.weight))         # (N, W)
         scores = scores.masked_fill(~valid, float("-inf"))
 
         # Prune. In training, keep the gold mentions too: otherwise all scores can collapse together
@@ -413,18 +417,16 @@ class CorefHead(Head):
         return scores.softmax(2) @ embedded[ends]
 
     def antecedent_scores(self, mention_scores, g):
-        """s, (S, A + 1): column d holds the span d places back, column 0 none.
-
-        All pairs that are d apart are two slices, so nothing needs to be gathered.
-        """
-        left, right, product, phi = self.pair.parts
-        span, antecedent = left(g), right(g)                                     # (S, F)
-        distance = phi(self.distance.weight)                                     # (buckets, F)
+        """s, (S, A + 1): column d holds the span d places back, column 0 none. All pairs that are d
+        apart are two slices, so nothing needs to be gathered."""
+        of_span, of_antecedent, of_product, of_distance = self.pair.parts
+        span, antecedent = of_span(g), of_antecedent(g)                          # (S, H)
+        distance = of_distance(self.distance.weight)                             # (buckets, H)
         columns = [0 * mention_scores]
         for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
-            hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, F)
-            s = self.pair(hidden + product(g[d:] * g[:-d]))
+            hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
+            s = self.pair(hidden + of_product(g[d:] * g[:-d]))
             s = s + mention_scores[d:] + mention_scores[:-d]
             columns.append(F.pad(s, (d, 0), value=float("-inf")))
         return torch.stack(columns, 1)
@@ -453,7 +455,7 @@ class HMTL(nn.Module):
         self.heads = nn.ModuleDict()
         self.metrics = {}
         for name, reads in self.reads.items():
-            width = max(self.encoders[t].width for t in reads)
+            width = max(self.encoders[t].width for t in reads)    # several only if latent
             self.heads[name] = HEADS[name](self.tasks[name], labels[name], width,
                                            self.embedder.width, settings)
             self.metrics[name] = Scores(self.heads[name].mean)
@@ -472,12 +474,14 @@ class HMTL(nn.Module):
         for name, below in self.below.items():
             if name in needed:
                 x = torch.cat([embedded, *(outputs[t] for t in below)], 2)
+                # The encoder, run on sentences of like lengths together.
                 outputs[name] = run_in_groups(self.encoders[name], x, batch)
+        # head_input: outputs[task], or what another way to share makes of all outputs.
         return embedded, {task: head_input(self, task, outputs) for task in tasks}
 
     def forward(self, task_name, batch):
-        """{"loss": scalar} in training. In evaluation {"predictions": list}, one entry a sentence
-        (for coreference: the clusters of the document), and the task's metric is updated."""
+        """{"loss": scalar} in training. In evaluation {"predictions": what the head decodes}; the
+        task's metric is updated."""
         head = self.heads[task_name]
         if self.training:
             embedded, inputs = self.encode(batch, [task_name])
@@ -515,8 +519,8 @@ class HMTL(nn.Module):
 # - For coreference too every sentence of a document is encoded on its own, as in Lee et al. 2017:
 #   the lower encoders then see what they see in the other tasks.
 # - A sentence's loss is the sum over its tokens or pairs, a batch's the mean over its sentences
-#   (for coreference, the sum over its one document). Nothing depends on what it was batched with; the
-#   authors' code averaged relations over padding.
+#   (for coreference, the sum over its one document). Nothing depends on what it was batched with;
+#   the authors' code averaged relations over padding.
 # - A rare word, one of a single training document, is read as the unknown word half of the time. So
 #   the vector of the unknown is trained, and coreference learns to match names by their characters.
 # - The output bias of the relation head starts at -7, and the LSTMs start from larger weights than
@@ -562,8 +566,8 @@ def head_input(model, task, outputs):
 class WordVectors(nn.Module):
     """(U,) -> (U, word_dim); in training, a rare word sometimes gets the vector of the unknown.
 
-    Words that only the vector file has never get a gradient. Frozen, and so out of the optimizer,
-    400,000 of them save 31 ms a step.
+    Words that only the vector file has never get a gradient. Kept out of the optimizer, frozen,
+    400,000 of them take 31 ms a step less.
     """
 
     def __init__(self, vocabulary, settings, vectors):
@@ -694,10 +698,10 @@ def span_ends(batch, longest):
     return clamped, (ends < n) & (sentence[clamped] == sentence[:, None])
 
 
-def gold_clusters(batch, longest):
+def gold_clusters(batch, clusters, longest):
     """(N, W): for every span the number of its gold cluster, from 1; 0 for none."""
     cluster = torch.zeros(sum(batch.lengths), longest, dtype=torch.long)
-    for i, mentions in enumerate(batch.documents[0].annotations["clusters"], 1):
+    for i, mentions in enumerate(clusters, 1):
         for start, end in mentions:
             if end - start < longest:
                 cluster[start, end - start] = i
@@ -724,7 +728,9 @@ def annotate(model, document, batch):
     annotated = Document(document.key, document.sentences)
     for name, rows in predictions.items():
         task = model.tasks[name]
-        if not task.whole_documents:               # offsets from the start of the document
+        if task.whole_documents:
+            rows = rows[0]
+        else:                                      # offsets from the start of the document
             found, ends = iter(rows), accumulate(map(len, document.sentences), initial=0)
             rows = [[shifted(row, start) for row in (next(found) if words else [])]
                     for words, start in zip(document.sentences, ends)]

@@ -39,7 +39,7 @@ class Document:
 
     annotations: {key: rows}. "ner" and "emd" have a list per sentence of (start, end, label),
     "relations" a list per sentence of (start1, end1, start2, end2, label), "clusters" a list per
-    cluster of (start, end). A missing key means not annotated; an empty list means annotated, with
+    cluster of (start, end). A missing key means not annotated; empty lists mean annotated, with
     none found.
     """
     key: str
@@ -67,14 +67,14 @@ class Task:
     order: dict = field(default_factory=dict, init=False)  # see `batch_order`
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
-        """Reads train, dev and test from a folder, or makes them if there is none.
+        """Reads train, dev and test from a folder; without one, makes them.
 
         Keeps the documents that carry this task's annotation. Cuts training documents longer than
         max_tokens. Raises InputError.
         """
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
-            longest = 1                                    # so every sentence is on its own
+            longest = 1                                    # cuts after every sentence
             if self.whole_documents:
                 longest = max_tokens if split == "train" else sys.maxsize
             self.data[split] = cut_documents(documents, longest)
@@ -94,8 +94,8 @@ class Task:
         return math.ceil(len(self.data["train"]) / self.batch_size(size))
 
     def batch(self, n, size, seed):
-        """The documents of training batch number n = 0, 1, 2, ...; a function of the arguments alone,
-        so a resumed run needs only the number of batches drawn."""
+        """The documents of training batch number n = 0, 1, 2, ..., a function of the arguments: a
+        resumed run needs only the number of batches drawn."""
         epoch, n = divmod(n, self.n_batches(size))
         indices = self.batch_order(epoch, size, seed)[n]
         return [self.data["train"][i] for i in indices]
@@ -105,7 +105,7 @@ class Task:
         key = (epoch, size, seed)
         if key not in self.order:
             lengths = [len(d) for d in self.data["train"]]
-            rng = np.random.default_rng([seed, *self.name.encode(), epoch])
+            rng = np.random.default_rng([seed, *self.name.encode(), epoch])    # bytes: numbers
             batches = plan_batches(lengths, self.batch_size(size), rng)
             self.order = {key: batches}                    # cached until the next pass
         return self.order[key]
@@ -220,7 +220,7 @@ class Scores:
     """
 
     def __init__(self, mean=None):
-        """mean: the name of the mean of all F1, if that is a score too."""
+        """mean: the name of the mean of all F1, if that is to be a score too."""
         self.mean = mean
         self.sums = {}
 
@@ -253,8 +253,7 @@ def count_rows(predicted, gold):
 
 
 # ================================================================================================
-# Skip this on a first reading: the practical side. Matching clusters; cutting documents; files;
-# raw text; the built-in corpus. Go on with hmtl.py.
+# Skip this on a first reading: the practical side. Go on with hmtl.py.
 # ================================================================================================
 
 class InputError(Exception):
@@ -272,93 +271,72 @@ def cluster_of_mention(clusters):
     return {mention: i for i, cluster in enumerate(clusters) for mention in cluster}
 
 
+def overlaps(predicted, gold):
+    """{(i, j): how many mentions predicted cluster i and gold cluster j share}, where they do."""
+    i, j = cluster_of_mention(predicted), cluster_of_mention(gold)
+    return Counter((i[mention], j[mention]) for mention in i if mention in j)
+
+
 def muc(predicted, gold):
-    """Vilain et al. 1995 count links: a cluster of n mentions has n - 1, and the other side's
-    splitting it into k parts loses k - 1 of them."""
-    def links(clusters, others):
-        other = cluster_of_mention(others)
-        parts = [{other.get(m, m) for m in cluster} for cluster in clusters]
-        return sum(len(cluster) - len(part) for cluster, part in zip(clusters, parts))
-    n_predicted = sum(len(cluster) - 1 for cluster in predicted)
-    n_gold = sum(len(cluster) - 1 for cluster in gold)
-    return links(predicted, gold), n_predicted, links(gold, predicted), n_gold
+    """Vilain et al. 1995 count links, n - 1 for n mentions: in a cluster, and in what two share."""
+    hits = sum(n - 1 for n in overlaps(predicted, gold).values())
+    return hits, sum(len(c) - 1 for c in predicted), hits, sum(len(c) - 1 for c in gold)
 
 
 def b_cubed(predicted, gold):
-    """Bagga & Baldwin 1998: for every mention, the share of its cluster that the other side puts
-    into one cluster with it."""
-    def shares(clusters, others):
-        other = cluster_of_mention(others)
-        total = 0.0
-        for cluster in clusters:
-            together = Counter(other[m] for m in cluster if m in other)
-            total += sum(n * n for n in together.values()) / len(cluster)
-        return total
-    n_predicted = sum(len(cluster) for cluster in predicted)
-    n_gold = sum(len(cluster) for cluster in gold)
-    return shares(predicted, gold), n_predicted, shares(gold, predicted), n_gold
+    """Bagga & Baldwin 1998: for every mention, how much of its cluster the other side has too."""
+    shared = overlaps(predicted, gold).items()
+    hits = sum(n * n / len(predicted[i]) for (i, _), n in shared)
+    gold_hits = sum(n * n / len(gold[j]) for (_, j), n in shared)
+    return hits, sum(map(len, predicted)), gold_hits, sum(map(len, gold))
 
 
 def ceaf_e(predicted, gold):
-    """Luo 2005 matches every cluster with at most one of the other side, so that the sum of the
-    similarities phi4(P, G) = 2 |P & G| / (|P| + |G|) is the largest possible."""
+    """Luo 2005: clusters matched one to one for most phi4 in all, 2 |P & G| / (|P| + |G|)."""
     similarity = np.zeros((len(predicted), len(gold)))
-    gold_cluster = cluster_of_mention(gold)
-    for i, cluster in enumerate(predicted):
-        common = Counter(gold_cluster[m] for m in cluster if m in gold_cluster)
-        for j, n in common.items():
-            similarity[i, j] = 2 * n / (len(cluster) + len(gold[j]))
+    for (i, j), n in overlaps(predicted, gold).items():
+        similarity[i, j] = 2 * n / (len(predicted[i]) + len(gold[j]))
     best = best_matching_sum(similarity)
     return best, len(predicted), best, len(gold)
 
 
-COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
-
-
 def best_matching_sum(value):
-    """The largest sum of entries of a matrix, at most one in a row and in a column, all >= 0.
-
-    Successive shortest paths with row and column potentials (Jonker & Volgenant 1987), O(n^3).
-    """
+    """The largest sum of entries of a matrix >= 0, at most one in a row and in a column: shortest
+    paths with row and column potentials (Jonker & Volgenant 1987), O(n^3)."""
     value = value[value.any(1)][:, value.any(0)]   # the others match nothing, and may be many
-    cost = -value if len(value) <= value.shape[1] else -value.T
-    n, m = cost.shape
-    u, v = np.zeros(n), np.zeros(m)   # of the rows so far: cost - u - v is 0 if matched, else >= 0
-    row_of = np.full(m, -1)                        # the row matched to each column
+    value = min(value, value.T, key=len)
+    n, m = value.shape
+    cost = np.pad(-value, ((0, 0), (0, 1)))        # column m is where a new row starts
+    row_of = np.full(m + 1, -1)                    # the row matched to each column
+    v = np.zeros(m + 1)     # of columns; with a row's u = cost - v at its match, cost - u - v >= 0
     for row in range(n):
-        distance, came_from = np.full(m, np.inf), np.full(m, -1)
-        done = np.zeros(m, dtype=bool)
-        i, column, shortest = row, -1, 0.0
-        while i >= 0:                              # grow shortest paths until a column is free
-            reduced = shortest + cost[i] - u[i] - v
-            closer = ~done & (reduced < distance)
-            distance[closer], came_from[closer] = reduced[closer], column
-            column = int(np.where(done, np.inf, distance).argmin())
-            done[column], shortest, i = True, distance[column], row_of[column]
-        reached = done & (row_of >= 0)
-        u[row_of[reached]] += shortest - distance[reached]
-        u[row] += shortest
-        v[done] -= shortest - distance[done]
-        while column >= 0:                         # swap the matches along the path
-            before = came_from[column]
-            row_of[column] = row if before < 0 else row_of[before]
-            column = before
-    return float(sum(-cost[i, j] for j, i in enumerate(row_of) if i >= 0))
+        row_of[m], column, done = row, m, np.zeros(m + 1, dtype=bool)
+        before, slack = np.full(m + 1, m), np.full(m + 1, np.inf)
+        while row_of[column] >= 0:                 # grow shortest paths until a column is free
+            done[column], slack[column], i = True, np.inf, row_of[column]
+            reduced = np.where(done, np.inf, cost[i] - v - (cost[i, column] - v[column]))
+            before[reduced < slack] = column
+            slack = np.minimum(slack, reduced)
+            column = slack.argmin()
+            v[done] -= slack[column]
+            slack -= slack[column]
+        while column != m:                         # move the matches along the path
+            row_of[column], column = row_of[before[column]], before[column]
+    return float(sum(value[i, j] for j, i in enumerate(row_of[:m]) if i >= 0))
 
 
 def cut_documents(documents, max_tokens):
-    """Cuts between sentences into documents of at most max_tokens each, with offsets of their own.
-    A longer sentence stays whole; empty sentences are left out."""
+    """Cuts between sentences into documents of at most max_tokens, or of one longer sentence; empty
+    sentences are left out."""
     parts, n_cut = [], 0
     for document in documents:
-        groups, size = [], 0                       # the indices of the sentences of every part
-        for i, words in enumerate(document.sentences):
-            if words and (not groups or size + len(words) > max_tokens):
+        groups, size = [], math.inf                # the indices of the sentences of every part
+        for i in [i for i, words in enumerate(document.sentences) if words]:
+            size += len(document.sentences[i])
+            if size > max_tokens:
                 groups.append([])
-                size = 0
-            if words:
-                groups[-1].append(i)
-                size += len(words)
+                size = len(document.sentences[i])
+            groups[-1].append(i)
         parts += [part_of(document, kept) for kept in groups]
         n_cut += len(groups) > 1 and max_tokens > 1
     if n_cut:
@@ -367,18 +345,17 @@ def cut_documents(documents, max_tokens):
 
 
 def part_of(document, kept):
-    """The sentences whose indices are in `kept`, which have only empty ones between them."""
-    start = sum(map(len, document.sentences[:kept[0]]))
+    """A document of the sentences with the indices `kept`. A cluster with one mention left by the
+    cut is none; one that had no more before stays."""
+    start = sum(map(len, document.sentences[:kept[0]]))    # gaps in `kept` are empty sentences
     part = Document(document.key, [document.sentences[i] for i in kept])
     for name, lists in document.annotations.items():
-        if name != "clusters":
-            part.annotations[name] = [[shifted(row, -start) for row in lists[i]] for i in kept]
-            continue
-        inside = [[shifted(m, -start) for m in cluster if start <= m[0] and m[1] < start + len(part)]
-                  for cluster in lists]
-        # A mention that the cut left alone is no cluster; one that was alone before it is.
-        part.annotations[name] = [i for i, cluster in zip(inside, lists)
-                                  if len(i) > 1 or len(i) == len(cluster)]
+        if name == "clusters":
+            cut = [[m for m in c if start <= m[0] and m[1] < start + len(part)] for c in lists]
+            lists = [c for c, whole in zip(cut, lists) if len(c) > 1 or len(c) == len(whole)]
+        else:
+            lists = [lists[i] for i in kept]
+        part.annotations[name] = [[shifted(row, -start) for row in rows] for rows in lists]
     return part
 
 
@@ -387,20 +364,14 @@ def shifted(row, n):
     return tuple(x if isinstance(x, str) else x + n for x in row)
 
 
-# ---------------------------------------------------------------------------------------- files
-
 def read_split(folder, split, task):
     """The documents of DIR/train.json or the like that carry the task's annotation."""
-    expect(Path(folder).is_dir(), folder, "a folder",
-           "a file" if Path(folder).exists() else "nothing of that name")
     names = [split + suffix for suffix in (".json", ".jsonl", ".conll", ".txt", ".bio")]
-    found = [name for name in names if (Path(folder) / name).is_file()]
-    expect(len(found) == 1, folder, "one file " + " or ".join(names), " and ".join(found) or "none")
-    path, documents = Path(folder) / found[0], []
-    if path.suffix in (".json", ".jsonl"):
-        documents = read_json(path)
-    elif task.annotation in ("ner", "emd"):
-        documents = read_columns(path, task.annotation)
+    found = [name for name in names if Path(folder, name).is_file()]
+    expect(len(found) == 1, folder, "one file " + " or ".join(names),
+           " and ".join(found) or ("none" if Path(folder).is_dir() else "no such folder"))
+    path, spans = Path(folder, found[0]), "emd" if task.annotation == "emd" else "ner"
+    documents = read_json(path) if path.suffix[:5] == ".json" else read_columns(path, spans)
     documents = [d for d in documents if len(d) and task.annotation in d.annotations]
     expect(documents, folder, f"{split} documents with the key '{task.annotation}' for the task "
            f"{task.name}", "none")
@@ -411,11 +382,9 @@ def read_lines(path):
     try:
         with open(0 if str(path) == "-" else path, encoding="utf-8-sig") as file:
             return file.read().split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found {error.reason} "
-                         f"at byte {error.start}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a file of UTF-8 text, found {found}") from None
 
 
 def read_json(path):
@@ -435,72 +404,50 @@ def parse_document(line, where, key):
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected one JSON object a line, found other text ({error})"
-                         ) from None
+        row = f"other text ({error})"
     expect(isinstance(row, dict), where, "one JSON object a line", row)
-    document = Document(row.get("doc_key", key), row.get("sentences"))
-    expect(is_text(document.key), where, "a string as doc_key", document.key)
-    expect(are_lists(document.sentences), where, "sentences as a list of lists of words",
-           document.sentences)
-    for word in chain.from_iterable(document.sentences):
-        expect(is_text(word) and word.strip(), where,
-               "every word to be a non-empty string of valid characters", word)
+    names = [task.annotation for task in TASKS if row.get(task.annotation) is not None]
+    found = {name: row[name] for name in names}
+    document = Document(row.get("doc_key", key), row.get("sentences"), found)
+    expect(isinstance(document.key, str), where, "a string as doc_key", document.key)
+    for name, x in [("sentences", document.sentences), *found.items()]:
+        expect(isinstance(x, list) and all(isinstance(y, list) for y in x), where,
+               f"{name} as a list of lists", x)
+    for x in chain(*document.sentences):
+        expect(isinstance(x, str) and x.strip(), where, "every word to be a non-empty string", x)
+    half = re.findall("[\ud800-\udfff]", to_json(document))    # no file can hold half a character
+    expect(not half, where, "valid characters", half)
     ends = np.cumsum([0, *map(len, document.sentences)]).tolist()
-    bounds = list(zip(ends, ends[1:]))
-    for task in TASKS:
-        lists, here = row.get(task.annotation), f"{where}, {task.annotation}"
-        if lists is not None:
-            expect(are_lists(lists), here, "a list of lists", lists)
-            expect(task.whole_documents or len(lists) == len(bounds), here,
-                   f"one list for each of the {len(bounds)} sentences", lists)
-            document.annotations[task.annotation] = [
-                parse_rows(rows, task.annotation, low, high, here) for rows, (low, high)
-                in zip(lists, [(0, ends[-1])] * len(lists) if task.whole_documents else bounds)]
-    mentions = Counter(chain.from_iterable(document.annotations.get("clusters", [])))
-    twice = [mention for mention, n in mentions.items() if n > 1]
-    expect(not twice, f"{where}, clusters", "every span in at most one cluster", twice)
+    for name, lists in found.items():
+        here, types = f"{where}, {name}", ROW_TYPES.get(name, "int, int, str")
+        limits = [(0, ends[-1])] * len(lists) if name == "clusters" else [*zip(ends, ends[1:])]
+        expect(len(lists) == len(limits), here,
+               f"one list for each of the {len(limits)} sentences", lists)
+        for x, low, high in [(x, *limit) for rows, limit in zip(lists, limits) for x in rows]:
+            shape = ", ".join(type(y).__name__ for y in x) if isinstance(x, list) else "no list"
+            expect(shape == types and all(low <= a <= b < high for a, b in zip(x[::2], x[1::2])),
+                   here, f"[{types}] with {low} <= start <= end < {high}", x)
+            expect(str(x[-1]).strip(), here, "a label with characters", x)
+        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]     # each once
+    clusters = found.get("clusters", [])
+    expect(all(clusters), f"{where}, clusters", "clusters with spans, none empty", clusters)
+    for span, n in Counter(chain(*clusters)).items():
+        expect(n == 1, f"{where}, clusters", "every span in at most one cluster", span)
     return document
 
 
-def parse_rows(rows, annotation, low, high, where):
-    """The spans or relations of a sentence, or of a cluster, as tuples; offsets in [low, high)."""
-    n_offsets = 4 if annotation == "relations" else 2
-    types = [int] * n_offsets + [str] * (annotation != "clusters")
-    expect(rows or annotation != "clusters", where, "clusters with spans", rows)
-    for row in rows:
-        expect(isinstance(row, list) and [type(x) for x in row] == types, where,
-               f"[{', '.join(t.__name__ for t in types)}]", row)
-        for start, end in zip(row[0:n_offsets:2], row[1:n_offsets:2]):
-            expect(low <= start <= end < high, where, f"{low} <= start <= end < {high}", row)
-        expect(types[-1] is int or is_text(row[-1]) and row[-1].strip(), where,
-               "a label with characters", row)
-    return list(dict.fromkeys(map(tuple, rows)))             # the same row twice is one row
-
-
-def are_lists(x):
-    return isinstance(x, list) and all(isinstance(y, list) for y in x)
-
-
-def is_text(x):
-    """False for lone surrogates too, which JSON can spell and no file or screen can show."""
-    return isinstance(x, str) and not re.search("[\ud800-\udfff]", x)
-
-
 def read_columns(path, annotation):
-    """Documents of one sentence from columns: word first, tag last, a blank line after a sentence.
-
-    Tags are BIO, BIOES or BIOUL, and become that annotation, `ner` or `emd`. `-DOCSTART-` lines are
-    skipped.
-    """
+    """Documents of one sentence from columns: word first, BIO, BIOES or BIOUL tag last, a blank
+    line after each sentence. -DOCSTART- lines are skipped."""
     documents, words, tags = [], [], []
     for n, line in enumerate([*read_lines(path), ""], 1):
         line, where = line.strip(), f"{path}, line {n}"
         if not line and words:
-            key = f"{path}:{n - len(words)}"
-            documents.append(Document(key, [words], {annotation: [spans_of(tags)]}))
+            spans = {annotation: [spans_of(tags)]}
+            documents.append(Document(f"{path}:{n - len(words)}", [words], spans))
             words, tags = [], []
         elif line and not line.startswith("-DOCSTART-"):
-            columns = line.split("\t") if "\t" in line else line.split()
+            columns = line.split("\t" if "\t" in line else None)
             expect(len(columns) > 1 and columns[0].strip(), where, "a word and a tag", line)
             expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", columns[-1]), where,
                    "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
@@ -510,19 +457,15 @@ def read_columns(path, annotation):
 
 
 def spans_of(tags):
-    """[(start, end, label)] of BIO, BIOES or BIOUL tags. Ill-formed ones are read as conlleval reads
-    them: a span starts at B, S, U and wherever nothing of its label is open."""
-    spans, closed = [], True
+    """[(start, end, label)] of BIO, BIOES or BIOUL tags. Ill-formed ones are read as in conlleval:
+    a span starts at B, S, U and wherever nothing of its label is open."""
+    spans, is_open = [], False
     for t, tag in enumerate(tags):
         prefix, _, label = tag.partition("-")
-        if tag == "O":
-            closed = True
-            continue
-        if prefix in "BSU" or closed or spans[-1][2] != label:
-            spans.append((t, t, label))
-        else:
-            spans[-1] = (spans[-1][0], t, label)
-        closed = prefix in "ELSU"
+        if tag != "O":
+            goes_on = is_open and prefix not in "BSU" and spans[-1][2] == label
+            spans.append((spans.pop()[0] if goes_on else t, t, label))
+        is_open = prefix in "BI"
     return spans
 
 
@@ -530,18 +473,15 @@ def tags_of(spans, length):
     """The BIOUL tags of a sentence: begin, inside, outside, unit (one word), last."""
     tags = ["O"] * length
     for start, end, label in outermost(spans):
-        tags[start:end + 1] = [f"I-{label}"] * (end + 1 - start)
-        tags[start], tags[end] = f"B-{label}", f"L-{label}"
-        if start == end:
-            tags[start] = f"U-{label}"
+        prefixes = "U" if start == end else "B" + "I" * (end - start - 1) + "L"
+        tags[start:end + 1] = [f"{prefix}-{label}" for prefix in prefixes]
     return tags
 
 
 def may_follow(left, right):
-    """Whether one BIOUL tag may come after another."""
-    if left[0] in "BI":                                      # a span is open
-        return right[0] in "IL" and left[2:] == right[2:]
-    return right[0] in "OBU"
+    """Whether one BIOUL tag may come after another: an open span goes on, and nothing else does."""
+    is_open, goes_on = left[0] in "BI", right[0] in "IL"
+    return is_open == goes_on and (not is_open or left[2:] == right[2:])
 
 
 def outermost(spans):
@@ -561,12 +501,11 @@ def read_vectors(path):
         if fields == [""] or n == 1 and len(fields) == 2:    # word2vec's first line is two counts
             continue
         width = width or len(fields) - 1
-        # A word may hold a space; the numbers are the last fields.
-        word, numbers = " ".join(fields[:-width]), fields[len(fields) - width:]
+        word = " ".join(fields[:-width])                     # it may hold a space
         try:
-            vector = np.array(numbers, dtype=float)
+            vector = np.array(fields[-width:], dtype=float)
         except ValueError:
-            vector = np.array([np.nan])
+            vector = np.array(np.nan)
         expect(word and (np.abs(vector) < 1e30).all(), f"{path}, line {n}",    # false for nan too
                f"a word and {width or 'its'} numbers", line)
         vectors.setdefault(word.lower(), vector)
@@ -574,47 +513,112 @@ def read_vectors(path):
     return list(vectors), np.stack(list(vectors.values())).astype(np.float32)
 
 
-TITLES = ["Mr", "Ms", "Dr", "Mrs"]                     # their full stop ends no sentence
-WORD = re.compile(r"\b(?:" + "|".join(TITLES) + r")\.|(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)"
-                  r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
-SENTENCE_END = re.compile("".join(rf"(?<!\b{title})" for title in TITLES)
-                          + r"(?<!\b[A-Z])[.!?][\"')\]”’]*(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
-
-
 def read_text(path, longest=300):
-    """One document of raw text from a file, or from standard input for `-`. Splits sentences longer
-    than `longest` words: relations need memory for every pair of tokens."""
+    """One document of raw text from a file, or from standard input for `-`."""
     text = "\n".join(read_lines(path))
     cuts = [0, *(m.end() for m in SENTENCE_END.finditer(text)), len(text)]
     sentences = [WORD.findall(text[a:b]) for a, b in zip(cuts, cuts[1:])]
     expect(any(sentences), path, "some text", text)
-    if max(map(len, sentences)) > longest:
+    if max(map(len, sentences)) > longest:     # relations need memory for every pair of tokens
         print(f"{path}: cut: text without an end of sentence for {longest} words", file=sys.stderr)
     return Document(Path(path).stem, [words[i:i + longest] for words in sentences
                                       for i in range(0, len(words), longest)])
 
 
-# ------------------------------------------------------------------------------- built-in corpus
-#
-# Invented news. A name is a random stem and an ending; endings, not whole names, tell most types
-# apart, so a test name can be classified though it was never seen. AMBIGUOUS names are of any
-# type: only the sentence tells. "P of X" is a job if X is an organisation and a home if it is a
-# place: to find the relation the model must know the type, which the few relation examples cannot
-# teach it. "P left O for N" makes a relation with one of two organisations: the types alone do not
-# tell. Relations hold between names. Pronouns and nominals refer to an entity of the sentence
-# before, if it is the only one of its type and gender there.
+def choose_tasks(names):
+    """Fresh copies of the named tasks, without data, the simplest first."""
+    return [replace(task) for task in TASKS if task.name in names]
 
+
+def builtin_split(split, task):
+    """The built-in documents: dev and test are the same for all tasks, train is the task's own."""
+    expect(task.name in ("ner", "emd", "rel", "coref"), f"--data: {task.name}", "a folder",
+           "none; the built-in corpus is for other tasks")
+    size, seed = {"train": (task.builtin_size, [0, *task.name.encode()]),
+                  "dev": (60, [1]), "test": (100, [2])}[split]
+    return builtin_documents(size, np.random.default_rng(seed), f"{task.name}-{split}")
+
+
+def builtin_documents(n, rng, name="news"):
+    """n invented news documents, annotated for all four tasks, from a numpy random generator."""
+    return [builtin_document(f"{name}-{i}", rng) for i in range(n)]
+
+
+def builtin_document(key, rng):
+    """Five sentences about three people, organisations and places each."""
+    def pick(options):
+        return options[rng.integers(len(options))]
+    cast = []
+    for kind in ["PER"] * 3 + ["ORG"] * 3 + ["LOC"] * 3:
+        name = ""
+        while not name or [name] in [x["short"] for x in cast]:   # two of one name would be one
+            name = pick(STEMS) + (pick(STEMS) if rng.random() < 0.5 else "")
+            name = (name + pick(ENDINGS[kind])).capitalize()
+            name = pick(AMBIGUOUS) if rng.random() < 0.15 else name
+        gender = pick(["she", "he"]) if kind == "PER" else "it"
+        first = [pick(FIRST_NAMES[gender])] if kind == "PER" else []
+        last = [pick(["Group", "Holdings"])] if kind == "ORG" and rng.random() < 0.2 else []
+        cast.append({"kind": kind, "full": [*first, name, *last], "short": [name], "mentions": [],
+                     "gender": gender, "nominal": ["the", pick(NOUNS[kind].split())]})
+    document, named = Document(key, [], {"ner": [], "emd": [], "relations": []}), []
+    for n in range(5):                             # the last templates refer back
+        template, relations = pick(TEMPLATES if n else TEMPLATES[:-6])
+        template = re.sub(r"\(([^)]*)\)", lambda m: pick(m[1].split("|")), template)
+        named = add_sentence(document, template.split(), relations, cast, named, rng)
+    document.annotations["clusters"] = [x["mentions"] for x in cast if len(x["mentions"]) > 1]
+    return document
+
+
+def add_sentence(document, template, relations, cast, previous, rng):
+    """Fills the template's slots and adds the sentence; returns the entities it names."""
+    offset, words, ner, emd, spans, named = len(document), [], [], [], {}, []
+    for symbol in template:
+        form, kind = [symbol], KINDS.get(symbol.upper())
+        if kind:
+            free = [x for x in cast if x["kind"] == kind and x not in named]
+            who = free[rng.integers(len(free))]
+            recent = [x for x in previous if x["kind"] == kind and symbol.islower()]
+            who = recent[0] if recent and recent[0] not in named else who
+            form = who["short"] if who["mentions"] else who["full"]
+            if [x for x in recent if x["gender"] == who["gender"]] == [who] and rng.random() < 0.8:
+                form = [who["gender"]] if rng.random() < 0.6 else who["nominal"]
+            spans[symbol] = offset + len(words), offset + len(words) + len(form) - 1
+            emd.append((*spans[symbol], kind))
+            if form in (who["full"], who["short"]):
+                ner.append(emd[-1])
+            who["mentions"].append(spans[symbol])
+            named.append(who)
+        words += form
+    document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
+    related = [(*spans[a], *spans[b], r) for a, r, b in re.findall(r"(\w) (\w+) (\w)", relations)]
+    for name, rows in [("ner", ner), ("emd", emd), ("relations", related)]:
+        document.annotations[name].append(rows)
+    return named
+
+
+COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
+ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else spans, labels
+TITLES = ["Mr", "Ms", "Dr", "Mrs"]                     # their full stop ends no sentence
+WORD = re.compile(r"\b(?:" + "|".join(TITLES) + r")\.|(?:[A-Z]\.){2,}|\d+(?:[.,:]\d+)*(?:%|\w*)"
+                  r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\S")
+SENTENCE_END = re.compile("".join(rf"(?<!\b{title})" for title in TITLES)
+                          + r"(?<!\b[A-Z])[.!?][\"')\]”’]*(?=\s+[\"'(\[]*[A-Z0-9])|\n\s*\n")
+# The built-in corpus: invented news. A name is a random stem and an ending. Most endings tell the
+# type, so a test name can be classified though never seen; AMBIGUOUS ones only by the sentence. "P
+# of X" is a job if X is an organisation, a home if it is a place: to find the relation the model
+# must know the type, which the few relation examples cannot teach it. "P left O for N" relates P to
+# N alone. Relations hold between names. Pronouns and nominals refer to the only entity of their
+# type and gender in the sentence before.
 STEMS = """ab al an ar bal bel ber bor bran cal car cor dal dan del dor dun el er fal fen for gal
  gar gor hal har hol il jan jor kal kel kir kor lam len lin lor mal mar mel mor nal nar nel nor ol
  or pal pel por ral ran rel ros sal sar sel sor tal tar tel tor ul val ver vil vor wal wen wil yar
  yor zal zen zor""".split()
-ENDINGS = {
-    "PER": """ez man son ova ski sen ini elli ard win wick smith field er ak uk ian oglu dottir
-     strom quist berg eau off enko vic ert olf ano ides""".split(),
-    "ORG": """ex tron soft corp tech dyne gen mart net bank air oil gas bus com pharm media chem
-     sys link works line flex star data lab mobil nova tel um""".split(),
-    "LOC": """ville stad burg ia ton ford mouth shire port land pool bury grad polis stan berg
-     field hampton dale wood ham by heim hafen ica aria mere brook ora ino""".split()}
+ENDINGS = {"PER": """ez man son ova ski sen ini elli ard win wick smith field er ak uk ian oglu
+            dottir strom quist berg eau off enko vic ert olf ano ides""".split(),
+           "ORG": """ex tron soft corp tech dyne gen mart net bank air oil gas bus com pharm media
+            chem sys link works line flex star data lab mobil nova tel um""".split(),
+           "LOC": """ville stad burg ia ton ford mouth shire port land pool bury grad polis stan
+            berg field hampton dale wood ham by heim hafen ica aria mere brook ora ino""".split()}
 FIRST_NAMES = {"she": """Ada Anna Clara Dora Elena Emma Eva Fiona Greta Hanna Ida Ines Irene Julia
      Karen Laura Lena Lucy Maria Nina Nora Olga Paula Rita Rosa Sara Sofia Tina Vera Zoe""".split(),
                "he": """Adam Alan Boris Carl David Emil Eric Felix Frank George Hugo Igor Ivan Jack
@@ -622,12 +626,10 @@ FIRST_NAMES = {"she": """Ada Anna Clara Dora Elena Emma Eva Fiona Greta Hanna Id
 AMBIGUOUS = """Austin Benton Carson Chester Clinton Dayton Denver Florence Ford Georgia Hamilton
  Houston Jackson Jordan Lincoln Madison Marshall Milton Orlando Paris Preston Sidney Stanley
  Victoria Warwick""".split()
-NOMINALS = {"PER": ["the lawyer", "the banker", "the engineer", "the politician"],
-            "ORG": ["the company", "the firm", "the group"], "LOC": ["the city", "the town"]}
+NOUNS = dict(PER="lawyer banker engineer politician", ORG="company firm group", LOC="city town")
 KINDS = dict(zip("PQONLM", ["PER", "PER", "ORG", "ORG", "LOC", "LOC"]))
-
 # Slots: P Q people, O N organisations, L M places, as names; p o l refer back. (a|b) is a choice.
-TEMPLATES = [line.split("#") for line in """
+TEMPLATES = [line.split("#") for line in """\
 P (joined|was hired by|went to work for) O (last year|in June|on Monday) . # P Works_For O
 P left O for N (last year|in June|on Monday) . # P Works_For N
 P left L for M (last year|in June|on Monday) . # P Lives_In M
@@ -654,92 +656,4 @@ p (likes|knows|will visit) l (well|again) . #
 p (met|blamed|sued|praised) Q on Tuesday . #
 o (made|lost) (two|ten|forty) million in l . #
 o (is looking for staff|has debts|had no comment) , P said . #
-In l , p (had no comment|gave a speech|met reporters) . #
-""".strip().splitlines()]
-
-
-def choose_tasks(names):
-    """Fresh copies of the named tasks, without data, the simplest first."""
-    return [replace(task) for task in TASKS if task.name in names]
-
-
-def builtin_split(split, task):
-    """The built-in documents of a split. All tasks share those of dev and test; each has documents
-    of its own to train on."""
-    size = {"train": task.builtin_size, "dev": 60, "test": 100}[split]
-    seed = {"train": [0, *task.name.encode()], "dev": [1], "test": [2]}[split]
-    return builtin_documents(size, np.random.default_rng(seed), f"{task.name}-{split}")
-
-
-def builtin_documents(n, rng, name="news"):
-    """n invented news documents, annotated for all four tasks, from a numpy random generator."""
-    return [builtin_document(f"{name}-{i}", rng) for i in range(n)]
-
-
-def builtin_document(key, rng):
-    """Five sentences about three people, organisations and places each."""
-    taken = set()                                  # two entities of one name would be one
-    cast = {kind: [invent_entity(kind, taken, rng) for _ in range(3)] for kind in NOMINALS}
-    document, named = Document(key, [], {"ner": [], "emd": [], "relations": []}), []
-    for n in range(5):                             # the last templates refer back
-        template, relations = pick(TEMPLATES if n else TEMPLATES[:-6], rng)
-        template = re.sub(r"\(([^)]*)\)", lambda m: pick(m[1].split("|"), rng), template)
-        named = add_sentence(document, template.split(), relations, cast, named, rng)
-    mentions = [entity["mentions"] for kind in cast for entity in cast[kind]]
-    document.annotations["clusters"] = [spans for spans in mentions if len(spans) > 1]
-    return document
-
-
-def pick(options, rng):
-    return options[rng.integers(len(options))]
-
-
-def invent_entity(kind, taken, rng):
-    name = None
-    while name is None or name in taken:
-        name = pick(STEMS, rng) + (pick(STEMS, rng) if rng.random() < 0.5 else "")
-        name = (name + pick(ENDINGS[kind], rng)).capitalize()
-        name = pick(AMBIGUOUS, rng) if rng.random() < 0.15 else name
-    taken.add(name)
-    full, gender = [name], "it"
-    if kind == "PER":
-        gender = pick(["she", "he"], rng)
-        full = [pick(FIRST_NAMES[gender], rng), name]
-    elif kind == "ORG" and rng.random() < 0.2:
-        full = [name, pick(["Group", "Holdings"], rng)]
-    return {"kind": kind, "full": full, "short": [name], "gender": gender,
-            "nominal": pick(NOMINALS[kind], rng).split(), "mentions": []}
-
-
-def add_sentence(document, template, relations, cast, previous, rng):
-    """Fills the template's slots and adds the sentence; returns the entities it names."""
-    offset, words, ner, emd, spans, named = len(document), [], [], [], {}, []
-    for symbol in template:
-        if symbol.upper() not in KINDS:
-            words.append(symbol)
-            continue
-        kind = KINDS[symbol.upper()]
-        recent = [entity for entity in previous if entity["kind"] == kind]
-        who = pick([entity for entity in cast[kind] if entity not in named], rng)
-        if symbol.islower() and recent and recent[0] not in named:
-            who = recent[0]
-        rivals = [entity for entity in recent if entity["gender"] == who["gender"]]
-        if symbol.islower() and rivals == [who] and rng.random() < 0.8:
-            form = [who["gender"]] if rng.random() < 0.6 else who["nominal"]
-        else:                                      # in full at first, in short from then on
-            form = who["short"] if who["mentions"] else who["full"]
-        span = offset + len(words), offset + len(words) + len(form) - 1
-        words += form
-        emd.append((*span, kind))
-        if form in (who["full"], who["short"]):
-            ner.append((*span, kind))
-        who["mentions"].append(span)
-        spans[symbol] = span
-        named.append(who)
-    words[0] = words[0][0].upper() + words[0][1:]
-    document.sentences.append(words)
-    triples = [relation.split() for relation in relations.split(" ; ") if relation.strip()]
-    for name, rows in [("ner", ner), ("emd", emd),
-                       ("relations", [(*spans[a], *spans[b], label) for a, label, b in triples])]:
-        document.annotations[name].append(rows)
-    return named
+In l , p (had no comment|gave a speech|met reporters) . #""".splitlines()]

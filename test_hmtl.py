@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +272,7 @@ class CRFTest(unittest.TestCase):
         self.assertEqual(spans_of(tags), spans)
         nested = [(0, 1, "X"), (0, 4, "Y"), (3, 6, "X"), (6, 6, "Y")]
         self.assertEqual(sorted(outermost(nested)), [(0, 4, "Y"), (6, 6, "Y")])
+        self.assertEqual(outermost([(1, 2, "X"), (2, 4, "X"), (4, 5, "X")]), [(2, 4, "X")])
 
 
 # ------------------------------------------------------------------------ relations, coreference
@@ -309,11 +310,13 @@ class RelationTest(unittest.TestCase):
 
     def test_a_pair_is_related_above_one_half(self):
         head = RelationHead(choose_tasks(["rel"])[0], ["A", "B", "C"], 4, 0, TINY)
+        x = torch.randn(1, 2, 4)
+        batch = make_batch([Document("d", [["a", "b"]])], Vocabulary([], [], []))
+        self.assertEqual(head.decode(x, None, batch), [[]])        # hardly any pair is, at first
         nn.init.zeros_(head.label.weight)
         head.label.bias.data = torch.tensor([-0.1, 0.1, 0.0])
-        batch = make_batch([Document("d", [["a", "b"]])], Vocabulary([], [], []))
         pairs = [(i, j, "B") for i in range(2) for j in range(2)]
-        self.assertEqual(head.decode(torch.randn(1, 2, 4), None, batch), [pairs])
+        self.assertEqual(head.decode(x, None, batch), [pairs])
 
     def test_arguments_are_the_spans_that_end_there(self):
         spans = [(0, 1, "P"), (3, 3, "O")]
@@ -337,7 +340,7 @@ class CorefTest(unittest.TestCase):
 
     def enumerated_loss(self, head, inputs, clusters):
         """-log of the summed probability of all ways to choose correct antecedents."""
-        gold = gold_clusters(inputs[2], head.settings.max_span)
+        gold = gold_clusters(inputs[2], clusters, head.settings.max_span)
         first, last, scores, g = head.keep_spans(*inputs, gold)
         spans = list(zip(first.tolist(), last.tolist()))
         owner = {m: i for i, c in enumerate(clusters) for m in c}
@@ -393,9 +396,13 @@ class CorefTest(unittest.TestCase):
             first, last, _, _ = head.keep_spans(*inputs, gold)
             return list(zip(first.tolist(), last.tolist()))
         best, mentions = kept(), {(0, 2), (3, 4), (1, 1), (6, 6), (5, 5)}
-        self.assertEqual(len(best), 3)
+        head.settings.spans_per_token = 9.0                                      # all of them
+        scores = dict(zip(kept(), head.keep_spans(*inputs)[2].tolist()))
+        head.settings.spans_per_token = 0.5
+        self.assertEqual(best, sorted(sorted(scores, key=scores.get)[-3:]))
         self.assertFalse(mentions <= {*best})
-        self.assertEqual(kept(gold_clusters(inputs[2], TINY.max_span)), sorted({*best} | mentions))
+        gold = gold_clusters(inputs[2], clusters, TINY.max_span)
+        self.assertEqual(kept(gold), sorted({*best} | mentions))
 
     def test_spans_lie_within_a_sentence_in_order(self):
         head, inputs = self.parts(self.SENTENCES, [], max_span=3, spans_per_token=2.0)
@@ -415,10 +422,11 @@ class CorefTest(unittest.TestCase):
         torch.testing.assert_close(scores[2], head.mention(hidden))
 
     def test_gold_clusters_by_start_and_width(self):
-        _, (_, _, batch) = self.parts(self.SENTENCES, [[(0, 2), (3, 4)], [(2, 2), (5, 6)]])
+        clusters = [[(0, 2), (3, 4)], [(2, 2), (5, 6)]]
+        _, (_, _, batch) = self.parts(self.SENTENCES, clusters)
         expected = torch.zeros(7, 2, dtype=torch.long)             # (0, 2) has three words
         expected[3, 1], expected[2, 0], expected[5, 1] = 1, 2, 2
-        self.assertTrue(torch.equal(gold_clusters(batch, 2), expected))
+        self.assertTrue(torch.equal(gold_clusters(batch, clusters, 2), expected))
 
     def test_distance_features(self):
         """1, 2, 3, 4, 5-7, 8-15, 16-31, 32-63, 64+, as in Clark & Manning 2016."""
@@ -433,12 +441,17 @@ class CorefTest(unittest.TestCase):
         torch.testing.assert_close(scores[89], torch.tensor(expected).float())
         self.assertEqual(scores[1].tolist(), [0.0, 0.0, *[-math.inf] * 69])
 
+    def test_span_representations_are_dropped(self):
+        head, inputs = self.parts(self.SENTENCES, [], spans_per_token=2.0, dropout=0.5)
+        width_feature = head.keep_spans(*inputs)[3][:, -20:]
+        self.assertAlmostEqual((width_feature == 0).double().mean().item(), 0.5, delta=0.1)
+
     def test_clusters_follow_the_antecedents(self):
         head, inputs = self.parts([["a", "b", "c", "d", "e"]], [], max_span=1, spans_per_token=1.0)
 
         back = [0, 0, 2, 0, 3]                   # how far back the antecedent is, 0: none
         head.antecedent_scores = lambda *_: nn.functional.one_hot(torch.tensor(back), 5).float()
-        self.assertEqual(head.decode(*inputs), [[(0, 0), (2, 2)], [(1, 1), (4, 4)]])
+        self.assertEqual(head.decode(*inputs), [[[(0, 0), (2, 2)], [(1, 1), (4, 4)]]])
         self.assertEqual(clusters_of("abcdefg", [0, 1, 0, 2, 1, 0, 4]), [[*"abde"], [*"cg"]])
 
 
@@ -480,11 +493,15 @@ class ModelTest(unittest.TestCase):
             expected = nn.functional.conv1d(embedder.chars(ids).T[None], weight,
                                             embedder.filters.bias, padding=1).relu().amax(2)[0]
             torch.testing.assert_close(features, expected)
+        self.assertEqual(embedder.chars.weight[:2].abs().sum().item(), 0.0)   # padding, unknown
 
     def test_hierarchy_from_the_table_for_all_subsets(self):
         self.assertEqual(HIERARCHY["rel"], HIERARCHY["coref"])
         self.assertEqual([layout("hierarchical", s)[0]["rel"] for s in
                           (ALL, ("ner", "rel"), ("rel", "coref"))], [["emd"], ["ner"], []])
+        encoders = tiny_model(n=2)[2].encoders.values()
+        self.assertEqual([f"{len(e.layers)}x{e.width // 2}" for e in encoders],
+                         [getattr(TINY, f"{name}_encoder") for name in ALL])
         for size in range(1, 5):
             for names in itertools.combinations(ALL, size):
                 tasks, vocabulary, model = tiny_model(names, n=4)
@@ -555,10 +572,11 @@ class ModelTest(unittest.TestCase):
         _, vocabulary, model = tiny_model()
         calls = []
         for name, encoder in model.encoders.items():
-            encoder.register_forward_hook(lambda *_, name=name: calls.append(name))
+            encoder.register_forward_hook(
+                lambda *inputs, name=name: calls.append((name, inputs[-1].requires_grad)))
         document = builtin_documents(1, np.random.default_rng(5))[0]
         annotate(model.eval(), document, make_batch([document], vocabulary))
-        self.assertEqual(sorted(calls), sorted(ALL))
+        self.assertEqual(sorted(calls), [(name, False) for name in sorted(ALL)])   # no gradient
 
     def test_annotations_have_document_offsets(self):
         tasks, vocabulary, model = tiny_model(("ner", "rel"))
@@ -570,6 +588,11 @@ class ModelTest(unittest.TestCase):
         self.assertEqual(found.annotations, {
             "ner": [[(1, 1, "PER")], [], [(2, 2, "PER"), (3, 3, "ORG")]],
             "relations": [[], [], [(2, 2, 3, 3, "A")]]})
+        tasks, vocabulary, model = tiny_model(("rel",))           # an argument is its last token
+        model.heads["rel"].decode = lambda *_: [[(1, 0, "A")], [(0, 1, "A")]]
+        found = annotate(model.eval(), document, make_batch([document], vocabulary))
+        self.assertEqual(found.annotations,
+                         {"relations": [[(1, 1, 0, 0, "A")], [], [(2, 2, 3, 3, "A")]]})
 
     def test_metrics_are_kept_by_the_model(self):
         tasks, vocabulary, model = tiny_model()
@@ -595,7 +618,7 @@ class ModelTest(unittest.TestCase):
         vocabulary = Vocabulary.from_documents(documents + documents, ["often", "vector"])
         self.assertEqual(vocabulary.words, ["", "<unknown>", "often", "once", "vector"])
         vectors = (["often", "vector"], np.array([[1, 2], [3, 4]], dtype=np.float32))
-        batch = make_batch([Document("d", [["often", "once", "new"]])], vocabulary)
+        batch = make_batch([Document("d", [["Often", "once", "new"]])], vocabulary)
         for rare, is_unknown in [(1, [False, True, True]), (2, [True, True, True])]:
             settings = replace(TINY, rare=rare, unknown=1.0, word_dim=2)
             model = HMTL(choose_tasks(["ner"]), {"ner": []}, vocabulary, settings, vectors)
@@ -649,6 +672,21 @@ class ScoreTest(unittest.TestCase):
             best = max(sum(small[i, j] for i, j in enumerate(p))
                        for p in itertools.permutations(range(small.shape[1]), len(small)))
             self.assertAlmostEqual(best_matching_sum(value), best, places=9)
+
+    def test_assignment_against_sums_for_every_set_of_columns(self):
+        rng = np.random.default_rng(1)
+        for _ in range(100):                 # large enough for paths of several swaps
+            value = rng.random((8, 8)) * (rng.random((8, 8)) < 0.7)
+            best = {0: 0.0}                  # columns taken so far, as bits: the best sum
+            for row in value:
+                longer = {}
+                for taken, total in best.items():
+                    for j in range(8):
+                        if not taken >> j & 1:
+                            columns = taken | 1 << j
+                            longer[columns] = max(longer.get(columns, 0.0), total + row[j])
+                best = longer
+            self.assertAlmostEqual(best_matching_sum(value), best[255], places=9)
 
     def test_documents_add_up_before_the_division(self):
         scores = Scores()
@@ -718,14 +756,13 @@ class TrainingTest(unittest.TestCase):
                                      ([0.0, 4.0, 3.9, 4.0], 1, 2), ([0.0, 0.0, 1.0], 2, 0)]:
             self.assertEqual(train.best_epoch(scores), best)
             self.assertEqual(train.epochs_waited(scores), waited)
-        with tempfile.TemporaryDirectory() as folder:
-            tasks, vocabulary, model = tiny_model(("ner", "emd"))
-            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
-        tasks[0].validation_metric_decreases = True
+        trainer = tiny_trainer(("ner", "emd"))
+        ner, emd = trainer.tasks
+        ner.validation_metric_decreases = True
         trainer.history = [{"dev": {"ner": {"f1": a}, "emd": {"f1": b}}}
                            for a, b in [(3.0, 2.0), (1.0, 3.0), (2.0, 1.0)]]
-        self.assertEqual(train.best_epoch(trainer.dev_scores(tasks[0])), 1)
-        self.assertEqual(trainer.dev_scores(tasks[1]), [2.0, 3.0, 1.0])
+        self.assertEqual(train.best_epoch(trainer.dev_scores(ner)), 1)
+        self.assertEqual(trainer.dev_scores(emd), [2.0, 3.0, 1.0])
         self.assertEqual(trainer.mean_scores(), [-0.5, 1.0, -0.5])
 
     def test_every_batch_of_a_pass_once_and_alike_in_length(self):
@@ -736,16 +773,21 @@ class TrainingTest(unittest.TestCase):
             self.assertEqual(sorted(names[id(d)] for b in batches for d in b), list(range(50)))
         self.assertNotEqual([[id(d) for d in task.batch(n, 4, 0)] for n in range(13)],
                             [[id(d) for d in task.batch(n, 4, 0)] for n in range(13, 26)])
-        lengths = range(1, 101)
-        for batch in plan_batches(lengths, 10, np.random.default_rng(0)):
+        lengths, shortest = range(1, 101), []
+        first, second = [plan_batches(lengths, 10, np.random.default_rng(i)) for i in range(2)]
+        for batch in first:
             chosen = [lengths[i] for i in batch]
             self.assertLess(max(chosen) - min(chosen), 35)
+            shortest.append(min(chosen))
+        self.assertNotEqual(shortest, sorted(shortest))
+        self.assertFalse({frozenset(batch) for batch in first}
+                         & {frozenset(batch) for batch in second})
 
     def run_of(self, folder, *epochs):
         """Trains to each number of epochs in turn, every time from what is on disk."""
         settings = replace(TINY, dropout=0.3, unknown=0.3, lr=1e-2, lr_patience=0, antecedents=9)
         for i, n in enumerate(epochs):
-            tasks, vocabulary, model = tiny_model(settings=settings, n=7)
+            tasks, vocabulary, model = tiny_model(settings=settings)
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
             real = trainer.evaluate          # above 0, so that the learning rates fall
             trainer.evaluate = lambda *task: {k: v + 1 for k, v in real(*task).items()}
@@ -820,8 +862,38 @@ class TrainingTest(unittest.TestCase):
         for optimizer in trainer.optimizers.values():
             self.assertEqual(list(map(id, optimizer.param_groups[0]["params"])),
                              list(map(id, trainer.model.parameters())))
-        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        self.assertAlmostEqual(nn.utils.get_total_norm(gradients).item(), 1e-3, places=6)
+        # The gradient is clipped, with what pulls to the anchor.
+        trainer.anchor = [p.detach() + 1 for p in trainer.shared]
+        for _ in range(2):
+            gradient = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+            self.assertAlmostEqual(torch.cat(gradient).norm().item(), 1e-3, places=6)
+            trainer.train_step(trainer.tasks[0])
+
+    def test_a_step_knows_nothing_of_the_step_before(self):
+        trainer, gradients = tiny_trainer(("ner",), lr=0.0, clip=1e9), []
+        trainer.model.train()
+        for _ in range(2):
+            trainer.steps["ner"] = 0
+            trainer.train_step(trainer.tasks[0])
+            gradients.append(trainer.model.heads["ner"].emit.weight.grad.clone())
+        torch.testing.assert_close(*gradients)
+        trainer.evaluate(trainer.tasks[0], "dev")
+        self.assertEqual(trainer.model.get_metrics("ner"), {})    # the next starts from nothing
+        trainer.train_step = lambda task: torch.tensor(2.0)
+        self.assertEqual(trainer.train_epoch(0), {"ner": 2.0})    # the mean loss, not the sum
+
+    def test_a_full_disk_leaves_the_file_of_before(self):
+        def full(file):
+            raise OSError("disk full")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "best.pt"
+            train.write(path, {"n": 1})
+            self.addCleanup(setattr, os, "fsync", os.fsync)
+            os.fsync = full
+            with self.assertRaisesRegex(train.Stopped, "disk full"):
+                train.write(path, {"n": 2})
+            self.assertEqual(train.load(path), {"n": 1})
+            self.assertEqual(os.listdir(folder), ["best.pt"])
 
     def test_learning_rate_is_halved_after_epochs_without_a_best(self):
         dev = {"ner": [0, 0, 0, 0, 10, 10.0005, 10.0005, 10, 5, 5, 20, 30],
@@ -842,21 +914,25 @@ class TrainingTest(unittest.TestCase):
 
             def marked(task, split):
                 n = len(trainer.history)
-                score = dev[task.name][n] if n < 4 else 0.0
-                score_name = task.validation_metric_name
-                return {score_name: float(score), "weights": mark[0].item(), split: 1}
+                score = dev[task.name][n] if n < 4 else 10 * mark[0] + (split == "test")
+                return {task.validation_metric_name: float(score)}
             trainer.train_epoch = lambda epoch: {"": mark.fill_(epoch + 1)[0].item()}
             trainer.evaluate = marked
             quietly(trainer.train, 4)
-            results = train.write_results(trainer)["tasks"]
-        for name, own in [("ner", 2), ("rel", 3)]:
-            for split in ("dev", "test"):
-                for kind, epoch in [("own_best", own), ("one_model", 3)]:
-                    self.assertEqual(results[name][kind][split]["weights"], epoch)
-                    self.assertIn(split, results[name][kind][split])
-            self.assertEqual(results[name]["best_epoch"], own)
-            self.assertEqual((results[name]["best_dev"], results[name]["last_dev"]),
-                             (max(dev[name]), dev[name][-1]))
+            trainer.steps = {"ner": 6, "rel": 3}                  # of 3 batches each
+            results = train.write_results(trainer)
+        with contextlib.redirect_stdout(io.StringIO()) as screen:
+            train.print_results(trainer, results)
+        for task, own, passes in zip(trainer.tasks, (2, 3), (2, 1)):
+            row, score = results["tasks"][task.name], task.validation_metric_name
+            for kind, epoch in [("own_best", own), ("one_model", 3)]:
+                self.assertEqual(row[kind], {"dev": {score: 10 * epoch},
+                                             "test": {score: 10 * epoch + 1}})
+            self.assertEqual((row["best_epoch"], row["passes"]), (own, passes))
+            best, last = max(dev[task.name]), dev[task.name][-1]
+            self.assertEqual((row["best_dev"], row["last_dev"]), (best, last))
+            self.assertRegex(screen.getvalue(),
+                             rf"{task.name} +{score} +{own}1.00 +31.00 +{own}0.00")
 
     def test_schedules_visit_what_they_promise(self):
         def plan(schedule):
@@ -868,10 +944,7 @@ class TrainingTest(unittest.TestCase):
             self.assertEqual(plan(schedule), plan(schedule))
 
     def test_successive_regularization_on_two_parameters(self):
-        with tempfile.TemporaryDirectory() as folder:
-            tasks, vocabulary, model = tiny_model(("ner",))
-            settings = replace(TINY, successive_delta=0.3)
-            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+        trainer = tiny_trainer(("ner",), successive_delta=0.3)
         a, b = trainer.shared = [nn.Parameter(torch.tensor([1.0, 2.0])),
                                  nn.Parameter(torch.ones(1))]
         trainer.anchor = [torch.tensor([0.5, 4.0]), torch.tensor([1.5])]
@@ -882,19 +955,19 @@ class TrainingTest(unittest.TestCase):
         torch.testing.assert_close([a.grad, b.grad], expected)
 
     def test_successive_training_returns_to_the_task_before(self):
-        with tempfile.TemporaryDirectory() as folder:
-            tasks, vocabulary, model = tiny_model(("ner", "rel"))
-            settings = replace(TINY, schedule="successive")
-            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
-            step, seen = trainer.train_step, []
+        trainer = tiny_trainer(("ner", "rel"), schedule="successive")
+        heads = {id(p) for p in trainer.model.heads.parameters()}
+        self.assertEqual({id(p) for p in trainer.shared},
+                         {id(p) for p in trainer.model.parameters()} - heads)
+        step, seen = trainer.train_step, []
 
-            def watched(task):
-                anchor = trainer.anchor and [p.clone() for p in trainer.anchor]
-                seen.append((task.name, anchor, [p.detach().clone() for p in trainer.shared]))
-                return step(task)
-            trainer.train_step = watched
-            trainer.train_epoch(0)
-            trainer.train_epoch(1)
+        def watched(task):
+            anchor = trainer.anchor and [p.clone() for p in trainer.anchor]
+            seen.append((task.name, anchor, [p.detach().clone() for p in trainer.shared]))
+            return step(task)
+        trainer.train_step = watched
+        trainer.train_epoch(0)
+        trainer.train_epoch(1)
         self.assertEqual([name for name, _, _ in seen], (["ner"] * 3 + ["rel"] * 3) * 2)
         self.assertEqual([anchor for _, anchor, _ in seen[:3]], [None] * 3)
         for turn in (3, 6, 9):
@@ -902,7 +975,8 @@ class TrainingTest(unittest.TestCase):
                 self.assertTrue(all(map(torch.equal, anchor, seen[turn][2])))
 
     def test_best_weights_are_those_of_the_best_epoch(self):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        screen = io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(screen):
             tasks, vocabulary, model = tiny_model(("ner",))
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, folder)
             fake = iter([10.0, 30.0, 20.0, 30.0, 5.0])
@@ -915,6 +989,7 @@ class TrainingTest(unittest.TestCase):
                 found = train.load(Path(folder) / name)
                 self.assertTrue(all(torch.equal(found[k], weights[1][k]) for k in found))
             self.assertEqual(train.epochs_waited(trainer.dev_scores(tasks[0])), 3)
+        self.assertEqual(re.findall(r"ner +\d+\.0(.)", screen.getvalue()), [*"**   "])
 
     def test_training_ends_when_every_task_has_waited(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -936,7 +1011,7 @@ class TrainingTest(unittest.TestCase):
                 "clusters": [[(0, 0), (n - 1, n - 1)]]})
         empty = {"ner": [[]], "emd": [[]], "relations": [[]], "clusters": []}
         odd = [Document("one token", [["a"]], empty),
-               document([["b"], [], ["c"]]), document([["a", "b"] * 400], "once"),
+               document([["b"], [], ["c"]]), document([["a", "b"] * 1000], "once"),
                document([["x" * 1000, "\u00e9", "a"]])]
         tasks = choose_tasks(ALL)
         for task in tasks:               # emd has no span at all; every task has a single batch
@@ -970,6 +1045,7 @@ class TrainingTest(unittest.TestCase):
             model.heads["ner"].emit.bias.register_hook(lambda gradient: gradient * math.inf)
             with self.assertRaisesRegex(train.Stopped, message):
                 trainer.train(2)
+            self.assertTrue(all(value.isfinite().all() for value in model.state_dict().values()))
 
     def test_each_task_overfits_eight_sentences(self):
         settings = replace(TINY, ner_encoder="1x24", emd_encoder="1x24", rel_encoder="1x24",
@@ -1070,7 +1146,8 @@ class InputTest(unittest.TestCase):
         self.assertNotIn("\n", str(caught.exception))
 
     def test_a_good_document(self):
-        self.path.write_text("\n" + json.dumps(self.GOOD | {"extra": 1}) + "\n")
+        twice = {"extra": 1, "ner": [[[0, 1, "PER"]] * 2, [[3, 3, "PER"]]]}
+        self.path.write_text("\ufeff\n" + json.dumps(self.GOOD | twice) + "\n")
         document, = read_json(self.path)
         self.assertEqual(document.annotations, {
             "ner": [[(0, 1, "PER")], [(3, 3, "PER")]], "relations": [[(0, 1, 2, 2, "R")], []],
@@ -1097,7 +1174,9 @@ class InputTest(unittest.TestCase):
                 ({"relations": [[[0, 1, "R"]], []]}, "int, int, int, int, str"),
                 ({"clusters": [[[0, 9]]]}, "0 <= start <= end < 4"), ({"clusters": 5}, "clusters"),
                 ({"clusters": [[[0, 1]], [[0, 1]]]}, "at most one cluster"),
-                ({"sentences": [["\ud800"]]}, "valid characters")]:
+                ({"clusters": [[]]}, "clusters with spans"),
+                ({"sentences": [["\ud800"]]}, "valid characters"),
+                ({"ner": [[[0, 1, "\ud800"]], []]}, "characters")]:
             self.path.write_text(json.dumps(self.GOOD) + "\n" + json.dumps(self.GOOD | changes))
             self.refused(f"train.json, line 2.*{pattern}", read_json, self.path)
         for text in ['{"sentences": [', "[1, 2]", "nonsense", "[" * 100000, "1" * 5000]:
@@ -1160,7 +1239,8 @@ class InputTest(unittest.TestCase):
         self.path.write_text("")
         self.refused("train documents", task.load_data, self.folder.name)
         tasks = choose_tasks(["ner", "rel"])
-        self.assertEqual(train.data_folders(("x", "rel=y"), tasks), {"ner": "x", "rel": "y"})
+        for data in [("x", "rel=y"), ("rel=y", "x")]:
+            self.assertEqual(train.data_folders(data, tasks), {"ner": "x", "rel": "y"})
         self.refused("one of the tasks", train.data_folders, ("foo=x",), tasks)
         self.refused("a folder for the task rel", train.data_folders, ("ner=x",), tasks)
 
@@ -1198,20 +1278,20 @@ class InputTest(unittest.TestCase):
                          [[(0, 0), (2, 2)], [(1, 1)]])
         vocabulary = Vocabulary.from_documents(task.data["train"])
         model = HMTL(tasks, {"coref": []}, vocabulary, TINY).eval()
-        model.heads["coref"].decode = lambda *_: [[(0, 0), (2, 2)]]
+        model.heads["coref"].decode = lambda *_: [[[(0, 0), (2, 2)]]]
         model("coref", make_batch(task.data["test"], vocabulary))
         scores = model.get_metrics("coref")
         self.assertEqual((scores["ceaf_e-recall"], scores["ceaf_e-precision"]), (50.0, 100.0))
 
     def test_the_vocabulary_is_that_of_the_training_documents(self):
         for split in ("train", "dev", "test"):
-            row = {"sentences": [[split, "a"]], "ner": [[[0, 0, f"L{split}"]]]}
+            row = {"sentences": [[split, "a"]], "ner": [[[0, 0, f"L{split}"], [1, 1, "A"]]]}
             (self.path.parent / f"{split}.json").write_text(json.dumps(row))
         settings = replace(TINY, tasks=("ner",), data=(self.folder.name,))
         tasks, vocabulary, model = train.build(settings)
         self.assertEqual(vocabulary.words, ["", "<unknown>", "a", "train"])
-        self.assertEqual(model.heads["ner"].labels, ["Ltrain"])
-        same = {"labels": {"ner": ["Ltrain"]}, "vocabulary": vocabulary.state()}
+        self.assertEqual(model.heads["ner"].labels, ["A", "Ltrain"])
+        same = {"labels": {"ner": ["A", "Ltrain"]}, "vocabulary": vocabulary.state()}
         train.build(settings, same)
         for other in ({"labels": {"ner": ["X"]}}, {"vocabulary": {**same["vocabulary"],
                                                                   "words": ["", "b"]}}):
@@ -1229,6 +1309,8 @@ class InputTest(unittest.TestCase):
         tasks = choose_tasks(ALL)
         for task in tasks:
             task.load_data()
+            first = [task.data[split][0].sentences for split in ("train", "dev", "test")]
+            self.assertEqual(len({json.dumps(sentences) for sentences in first}), 3)
         sizes = [sum(len(d.sentences) for d in task.data["train"]) for task in tasks]
         self.assertEqual(max(sizes), sizes[0])
         names = {split: {" ".join(d.sentences[0][a:b + 1]): label for task in tasks[:3]
@@ -1254,6 +1336,52 @@ class InputTest(unittest.TestCase):
         again = builtin_documents(300, np.random.default_rng([0, *b"ner"]))
         again = [d.sentences for d in cut_documents(again, 1)]
         self.assertEqual([d.sentences for d in tasks[0].data["train"]], again)
+
+
+# ------------------------------------------------------------------------------------- the screen
+
+class ScreenTest(unittest.TestCase):
+
+    def printed(self, call, *arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as screen:
+            call(*arguments)
+        return screen.getvalue()
+
+    def test_annotated_lines(self):
+        document = Document("d", ["Ada Kell likes the firm".split(), [], ["She", "left", "it"]], {
+            "ner": [[(0, 1, "PER")], [], [(5, 6, "X")]],
+            "emd": [[(0, 1, "PER"), (0, 0, "A")], [], [(5, 5, "PER"), (6, 7, "Y")]],
+            "relations": [[(3, 4, 0, 1, "R"), (0, 1, 3, 4, "S"), (0, 1, 3, 4, "P")], [], []],
+            "clusters": [[(3, 4), (7, 7)], [(5, 5), (0, 1)]]})
+        self.assertEqual(train.annotated_lines(document, document.annotations), [
+            "[[Ada A] Kell PER #1] likes [the firm #2]", "    Ada Kell -- P -> the firm",
+            "    Ada Kell -- S -> the firm", "    the firm -- R -> Ada Kell", "",
+            "[[She PER #1] left X] [it #2]", "    left it Y"])         # it crosses "She left"
+        self.assertEqual(train.annotated_lines(document, ["ner"]),
+                         ["[Ada Kell PER] likes the firm", "", "[She left X] it"])
+
+    def test_examples_show_the_key_if_they_are_wrong(self):
+        trainer = tiny_trainer(("ner",))
+        head = trainer.model.heads["ner"]
+        head.decode = lambda x, embedded, batch: head.gold(batch)
+        marks = [re.findall(r"^ +(right|wrong|key) ", self.printed(train.print_examples, trainer),
+                            re.M)]
+        head.decode = lambda *_: [[]]
+        marks.append(re.findall(r"^ +(right|wrong|key) ",
+                                self.printed(train.print_examples, trainer), re.M))
+        self.assertEqual(marks, [["right"] * 2, ["wrong", "key"] * 2])
+
+    def test_what_is_not_learned(self):
+        trainer = tiny_trainer(("ner", "coref"))
+        document = Document("d", [["a"] * 12], {"ner": [[(0, 3, "A"), (3, 5, "A"), (6, 6, "A")]],
+                                                "clusters": [[(0, 7), (2, 10)]]})
+        for task in trainer.tasks:
+            task.data["train"] = [document]
+        screen = self.printed(train.print_start, trainer)
+        self.assertIn("ner: not learned: 1 of 3 training spans, which overlap a longer", screen)
+        self.assertIn("coref: not learned: 1 of 2 training spans, which have more than --max-span "
+                      "8 words", screen)
+        self.assertRegex(screen, r"ner +1 +12 +12  sentences +1 +0.500")
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -1289,7 +1417,11 @@ class CommandLineTest(unittest.TestCase):
              "--coref-units 8 --epochs 1")
 
     def test_train_resume_predict(self):
-        status, out, err = self.call(f"--tasks ner emd rel coref {self.SMALL}")
+        Path("news").mkdir()
+        for i, split in enumerate(("train", "dev", "test")):
+            documents = builtin_documents(6, np.random.default_rng(i))
+            Path(f"news/{split}.jsonl").write_text("\n".join(map(to_json, documents)))
+        status, out, err = self.call(f"--tasks ner emd rel coref --data news {self.SMALL}")
         self.assertEqual(status, 0, err)
         for part in ("share of steps", "last-token", "ceaf_e", "\ncoref, dev\n"):
             self.assertIn(part, out)
@@ -1319,6 +1451,8 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual({*document.annotations}, {"ner", "emd", "relations", "clusters"})
         again = self.output(f"--run {run} --predict train.json --json")
         self.assertEqual(json.loads(again), json.loads(out))      # sentences instead of text
+        (run / "best.pt").write_bytes(b"no weights")              # these predict
+        self.refused(f"--run {run} --predict text", "best.pt: expected a checkpoint")
         settings = Settings(tasks=("ner",))
         tasks, vocabulary, model = train.build(settings)
         trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, run)
@@ -1328,9 +1462,16 @@ class CommandLineTest(unittest.TestCase):
     def test_settings_from_python_are_checked(self):
         for change in (dict(sharing="flt"), dict(tasks=("ner", "foo")), dict(tasks=()),
                        dict(data="folder"), dict(dropout="0.4"), dict(ner_encoder=64),
-                       dict(epochs=2.5), dict(seed=None)):
+                       dict(epochs=2.5), dict(seed=None), dict(dropout=1.0), dict(lr=0),
+                       dict(unknown=-0.1), dict(clip=math.nan)):
             with self.assertRaisesRegex(InputError, r"--[\w-]+: expected"):
                 train.build(Settings(**change))
+
+    def test_what_a_resumed_run_may_change(self):
+        stored = {"settings": asdict(replace(TINY, tasks=("ner",)))}
+        given = {"epochs": 9, "patience": 3, "device": "cpu", "tasks": ("ner",)}
+        self.assertEqual(train.resumed_settings(given, stored, Path("run")),
+                         replace(TINY, **given))
 
     def test_runs_are_never_overwritten(self):
         Path("runs/ner").mkdir(parents=True)

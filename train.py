@@ -140,7 +140,7 @@ class MultiTaskTrainer:
         for step, number in enumerate(plan):
             task = self.tasks[number]
             if self.settings.schedule == "successive" and (step == 0 or number != plan[step - 1]):
-                drop_anchor(self)
+                set_anchor(self)
             losses.setdefault(task.name, []).append(self.train_step(task))
             show_progress(f"epoch {epoch + 1}: step {step + 1} of {len(plan)}")
         return mean_losses(losses)
@@ -150,11 +150,11 @@ class MultiTaskTrainer:
         # The next batch, or this process's share of it.
         documents = task.batch(self.steps[task.name], self.settings.batch_size, self.settings.seed)
         self.steps[task.name] += 1
-        documents, weight = weighted_share(documents)
+        documents, weight = weighted_share(documents)          # weight 1 in a single process
         batch = make_batch(documents, self.vocabulary).to(self.device)
 
         # Its gradient, no longer than `clip`.
-        self.model.zero_grad()
+        self.model.zero_grad()               # to None: Adam skips what the task does not use
         loss = self.parallel(task.name, batch)["loss"] * weight
         loss.backward()
         if self.anchor:
@@ -209,7 +209,7 @@ def refuse_non_finite(trainer, task, loss, norm):
                       f"checkpoint.pt is good and holds epoch {len(trainer.history)}")
 
 
-def drop_anchor(trainer):
+def set_anchor(trainer):
     """Remembers the shared parameters at the end of a task; there is none before the first."""
     if any(trainer.steps.values()):
         trainer.anchor = [parameter.detach().clone() for parameter in trainer.shared]
