@@ -124,10 +124,10 @@ class Embedder(nn.Module):
 class Encoder(nn.Module):
     """A stack of bidirectional LSTM layers, exact on padded input.
 
-    A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences are
-    right and take 1.7 to 2.5 times as long. Here the layers have no bias and read [x; m], m being 1
-    on tokens and 0 on padding, and x zero on padding. The weights of m are the bias on tokens; on
-    padding all input is zero, so the backward state is still zero when it meets the last token.
+    A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences take
+    1.7 to 2.5 times as long. Here the layers have no bias and read [x; m], m being 1 on tokens and
+    0 on padding, and x zero on padding. The weights of m are the bias on tokens; on padding all
+    input is zero, so the backward state is still zero when it meets the last token.
     """
 
     def __init__(self, width, shape, dropout):
@@ -198,8 +198,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)    # for decoding only: the
-        # loss learns to avoid what is forbidden
+        self.register_buffer("forbidden", forbidden, persistent=False)   # the loss learns it
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""

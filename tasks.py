@@ -39,8 +39,7 @@ class Document:
 
     annotations: {key: rows}. "ner" and "emd" have a list per sentence of (start, end, label),
     "relations" a list per sentence of (start1, end1, start2, end2, label), "clusters" a list per
-    cluster of (start, end). A missing key means not annotated; empty lists mean annotated, with
-    none found.
+    cluster of (start, end). A missing key means not annotated; empty lists, none was found.
     """
     key: str
     sentences: list                      # of lists of words
@@ -67,11 +66,8 @@ class Task:
     order: dict = field(default_factory=dict, init=False)  # see `batch_order`
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
-        """Reads train, dev and test from a folder; without one, makes them.
-
-        Keeps the documents that carry this task's annotation. Cuts training documents longer than
-        max_tokens. Raises InputError.
-        """
+        """Reads train, dev and test from a folder, or makes them without one: all documents that
+        carry its annotation. Training documents over max_tokens are cut. Raises InputError."""
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
             longest = 1                                    # cuts after every sentence
@@ -131,9 +127,8 @@ TASKS = [Task("ner", "ner", "f1", builtin_size=300),
 class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
-    words: those of the training documents, then those that only the vector file has.
-    counts: the number of training documents that contain each training word; inf for padding and
-    unknown.
+    words: those of the training documents, then those that only the vector file has. counts: the
+    number of training documents that contain each training word; inf for padding and unknown.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
 
@@ -147,8 +142,7 @@ class Vocabulary:
 
     @classmethod
     def from_documents(cls, documents, more_words=()):
-        # Count documents, not tokens: a name repeated within one document is still unseen
-        # elsewhere.
+        # Count documents, not tokens: a name repeated in one document is still unseen elsewhere.
         seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
         lowered = {(key, word.lower()) for key, word in seen}
         counts = Counter(word for _, word in lowered)
@@ -172,9 +166,6 @@ class Vocabulary:
 @dataclass
 class Batch:
     """Documents as tensors: the sentences of all documents side by side, empty ones left out.
-
-    For a loss or a score the documents are those of `Task.batch`: one sentence each or, for
-    coreference, one whole document.
 
     B sentences, T tokens in the longest, U distinct words, C characters in all of these.
     """
@@ -215,8 +206,7 @@ class Scores:
     """Precision P, recall R and F1 = 2 P R / (P + R), in percent, of sums over documents.
 
     A score is a sum of [hits among predicted, predicted, hits among gold, gold], added over
-    documents before any division. The two hits differ for coreference only; its three scores, MUC,
-    B-cubed and CEAF-e, are below the banner.
+    documents before any division. The two hits differ only in coreference; see below the banner.
     """
 
     def __init__(self, mean=None):
@@ -403,8 +393,9 @@ def parse_document(line, where, key):
     """A Document from one line of JSON; `where` stands in errors, `key` is its default doc_key."""
     try:
         row = json.loads(line)
+        half = re.findall("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
-        row = f"other text ({error})"
+        row, half = f"other text ({error})", []
     expect(isinstance(row, dict), where, "one JSON object a line", row)
     names = [task.annotation for task in TASKS if row.get(task.annotation) is not None]
     found = {name: row[name] for name in names}
@@ -415,8 +406,7 @@ def parse_document(line, where, key):
                f"{name} as a list of lists", x)
     for x in chain(*document.sentences):
         expect(isinstance(x, str) and x.strip(), where, "every word to be a non-empty string", x)
-    half = re.findall("[\ud800-\udfff]", to_json(document))    # no file can hold half a character
-    expect(not half, where, "valid characters", half)
+    expect(not half, where, "valid characters, which a file can hold", half)
     ends = np.cumsum([0, *map(len, document.sentences)]).tolist()
     for name, lists in found.items():
         here, types = f"{where}, {name}", ROW_TYPES.get(name, "int, int, str")

@@ -6,7 +6,6 @@
 
 import contextlib
 import copy
-import gc
 import io
 import itertools
 import json
@@ -1405,7 +1404,6 @@ class CommandLineTest(unittest.TestCase):
         """Standard output of the same, without the seconds that a new process takes."""
         with contextlib.redirect_stdout(io.StringIO()) as output:
             train.main(shlex.split(line))
-        gc.collect()                     # with the connection goes the lock of a run that is over
         return output.getvalue()
 
     def refused(self, line, pattern):

@@ -10,9 +10,8 @@ proportional to its batches, take its next batch, make one step of that task's o
 the whole model. Every task is scored on dev after every epoch, keeps its best weights, and training
 ends when no task improves.
 
-Every epoch seeds itself from (seed, epoch), and batch number n of a task is a function of (seed,
-n). So no generator state is saved, and a resumed run equals an uninterrupted one bit for bit (on a
-CPU, with as many threads).
+Every epoch seeds itself from (seed, epoch), and a task's batches follow from (seed, number). So no
+generator state is saved, and a resumed run equals an uninterrupted one bit for bit (on a CPU).
 
 Left out for the reader's sake, and found below the banner: several processes, files, the screen,
 prediction, the command line.
@@ -110,7 +109,7 @@ class MultiTaskTrainer:
         self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
         self.anchor = None            # the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
-        self.history = []             # a dict per epoch, the lines of log.jsonl
+        self.history = []             # a dict per epoch, log.jsonl; all progress follows from it
 
     def train(self, n_epochs):
         """Trains until epoch n_epochs, or until every task has run out of patience."""
@@ -177,8 +176,6 @@ class MultiTaskTrainer:
         add_up_processes(self.model.metrics[task.name])
         return self.model.get_metrics(task.name, reset=True)
 
-    # The history answers every question about progress, so nothing else about it is kept.
-
     def dev_scores(self, task):
         """The score that training watches, of every epoch; negative if it should decrease."""
         sign = -1 if task.validation_metric_decreases else 1
@@ -204,9 +201,10 @@ class Stopped(Exception):
 def refuse_non_finite(trainer, task, loss, norm):
     """Stops the run before a step that would spoil the weights."""
     if not (loss + norm).isfinite():
+        step, epoch = trainer.steps[task.name], len(trainer.history) + 1
         raise Stopped(f"{trainer.folder}: the loss or gradient of {task.name} is not finite at its "
-                      f"step {trainer.steps[task.name]}, in epoch {len(trainer.history) + 1}; "
-                      f"checkpoint.pt is good and holds epoch {len(trainer.history)}")
+                      f"step {step}, in epoch {epoch}; checkpoint.pt is good and holds epoch "
+                      f"{epoch - 1}")
 
 
 def set_anchor(trainer):
@@ -216,35 +214,29 @@ def set_anchor(trainer):
 
 
 def hold_to_anchor(trainer):
-    """Successive regularization (Hashimoto et al. 2017, section 3): adds the gradient of
-    delta |shared parameters - anchor|^2."""
+    """Adds the gradient of delta |shared - anchor|^2 (Hashimoto et al. 2017, section 3)."""
     for parameter, anchor in zip(trainer.shared, trainer.anchor):
         if parameter.grad is not None:
             parameter.grad += 2 * trainer.settings.successive_delta * (parameter.detach() - anchor)
 
 
-# Several processes, started by torchrun: all draw the same task, each takes its share of the batch;
-# the first alone writes and prints.
-
+# Several processes (torchrun): all draw the same task, each takes its share; the first writes.
 def processes():
     """(the number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def in_parallel(model):
-    if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, find_unused_parameters=True, forward_sync_buffers=False)
+    options = {"find_unused_parameters": True, "forward_sync_buffers": False}
+    return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
 
 def own_share(documents):
-    number, n = processes()
-    return documents[number::n]
+    return documents[processes()[0]::processes()[1]]
 
 
 def weighted_share(documents):
-    """This process's documents, and the weight of their loss in the mean over the processes. A
-    process without any takes the first, with weight 0."""
+    """This process's documents and their weight in the mean; without any, the first, with 0."""
     own = own_share(documents)
     return own or documents[:1], len(own) * processes()[1] / len(documents)
 
@@ -258,8 +250,7 @@ def gathered(value):
 
 
 def add_up_processes(metric):
-    sums = gathered(metric.sums)
-    metric.sums = {}
+    sums, metric.sums = gathered(metric.sums), {}
     for counts in sums:
         metric.add(counts)
 
@@ -269,16 +260,14 @@ def mean_losses(losses):
     return {name: float(np.mean([row[name] for row in means])) for name in losses}
 
 
-# The files of a run. The checkpoint is written last: a run that is killed before that repeats the
-# epoch and writes the same (on a CPU; a GPU may round differently).
-
+# The files of a run. The checkpoint comes last: a run killed before it repeats the epoch.
 def start_run(trainer):
     """Writes what the first epoch needs to be resumed."""
-    log = trainer.folder / "log.jsonl"
-    if not trainer.history and log.exists() and log.stat().st_size:
-        raise InputError(f"{trainer.folder}: holds a run; restore it, or name another folder")
     trainer.folder.mkdir(parents=True, exist_ok=True)
     if not trainer.history:
+        log = trainer.folder / "log.jsonl"
+        if log.exists() and log.stat().st_size:
+            raise InputError(f"{trainer.folder}: holds a run; --resume it, or name another folder")
         save_run(trainer)
 
 
@@ -291,49 +280,39 @@ def save_run(trainer):
     write(trainer.folder / "checkpoint.pt", {
         "settings": asdict(trainer.settings), "vocabulary": trainer.vocabulary.state(),
         "labels": {task.name: task.labels() for task in trainer.tasks},
-        "steps": trainer.steps, "history": trainer.history,
-        **{name: part.state_dict() for name, part in stateful(trainer)}})
+        "steps": trainer.steps, "history": trainer.history, "model": trainer.model.state_dict(),
+        **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
+        **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
 
 
 def restore_run(trainer, checkpoint):
-    for name, part in stateful(trainer):
-        part.load_state_dict(checkpoint[name])
-    trainer.steps, trainer.history = checkpoint["steps"], checkpoint["history"]
-
-
-def stateful(trainer):
-    """What a checkpoint holds the state of, with names."""
-    yield "model", trainer.model
+    trainer.model.load_state_dict(checkpoint["model"])
     for name in trainer.optimizers:
-        yield f"optimizer {name}", trainer.optimizers[name]
-        yield f"lr_scheduler {name}", trainer.lr_schedulers[name]
+        trainer.optimizers[name].load_state_dict(checkpoint[f"optimizer {name}"])
+        trainer.lr_schedulers[name].load_state_dict(checkpoint[f"lr_scheduler {name}"])
+    trainer.steps, trainer.history = checkpoint["steps"], checkpoint["history"]
 
 
 def write_results(trainer):
     """Final scores, into results.json and returned: of each task's own best weights, as in the
     paper, and of the one model with the best mean, which stays loaded."""
-    results = {"settings": asdict(trainer.settings), "tasks": {}, "mixtures": {},
-               "one_model_epoch": best_epoch(trainer.mean_scores()) + 1}
+    model, tasks = trainer.model, {}
     for task in trainer.tasks:
         scores, steps = trainer.dev_scores(task), trainer.steps[task.name]
-        results["tasks"][task.name] = {
+        tasks[task.name] = {
             "steps": steps, "passes": steps / task.n_batches(trainer.settings.batch_size),
-            "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1],
-            "own_best": scores_of(trainer, f"best-{task.name}.pt", task)}
-    for task in trainer.tasks:
-        results["tasks"][task.name]["one_model"] = scores_of(trainer, "best.pt", task)
-    for name, weights in trainer.model.mixtures.items():
-        encoders = trainer.model.reads[name]
-        results["mixtures"][name] = dict(zip(encoders, weights.softmax(0).tolist()))
+            "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1]}
+    gathered(None)                                   # the first process has written the weights
+    for kind, name in [("own_best", "best-{}.pt"), ("one_model", "best.pt")]:
+        for task in trainer.tasks:
+            model.load_state_dict(load(trainer.folder / name.format(task.name), trainer.device))
+            tasks[task.name][kind] = {s: trainer.evaluate(task, s) for s in ("dev", "test")}
+    results = {"settings": asdict(trainer.settings), "tasks": tasks,
+               "mixtures": {name: dict(zip(model.reads[name], weights.softmax(0).tolist()))
+                            for name, weights in model.mixtures.items()},
+               "one_model_epoch": best_epoch(trainer.mean_scores()) + 1}
     write(trainer.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
-
-
-def scores_of(trainer, name, task):
-    """{split: the task's scores} of the weights in a file of the run."""
-    gathered(None)                                   # the first process has written the file
-    trainer.model.load_state_dict(load(trainer.folder / name, trainer.device))
-    return {split: trainer.evaluate(task, split) for split in ("dev", "test")}
 
 
 def write(path, content):
@@ -349,52 +328,44 @@ def write(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:         # a full disk; torch makes it a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise Stopped(f"{path}: {first_line(error)}; earlier files of the run are intact") from None
+        raise Stopped(f"{path}: {error!r:.200}; earlier files of the run are intact") from None
 
 
 @contextmanager
-def expecting_a_checkpoint(path):
-    """One line instead of the many kinds of errors that damaged or foreign files raise."""
+def one_line(message):
+    """InputError instead of the many kinds of errors that damaged or foreign files raise."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
-        raise InputError(f"{path}: expected a checkpoint of train.py, found a damaged or other "
-                         f"file ({type(error).__name__})") from None
+        found = getattr(error, "strerror", None) or repr(error)
+        raise InputError(f"{message}: {found[:200]}") from None
 
 
 def load(path, device="cpu"):
-    """Tensors and plain values; weights_only: a file cannot run code. torch writes a zip file but
-    does not compare its checksums; zipfile does, so no flipped bit passes."""
-    with expecting_a_checkpoint(path):
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():
-                raise ValueError("checksum")
+    """Tensors and plain values, no code. zipfile compares the checksums, which torch does not."""
+    with one_line(f"{path}: expected a checkpoint of train.py"), zipfile.ZipFile(path) as file:
+        if file.testzip():
+            raise ValueError("checksum")
         return torch.load(path, map_location=device, weights_only=True)
 
 
 def new_folder(tasks):
     """runs/<tasks>, with a numeric suffix if that folder already exists."""
-    name = "-".join(tasks)
-    names = chain([name], (f"{name}-{n}" for n in count(2)))
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+    name = Path("runs", "-".join(tasks))
+    names = chain([name], (Path(f"{name}-{n}") for n in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def lock(folder):
-    """Refuses a second process in a run folder, as long as the result is kept. SQLite locks on every
-    system, and the system unlocks when the process ends."""
+    """Refuses a second process in a folder while the result is kept; the system unlocks at exit."""
     folder.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        raise InputError(f"{folder}: another process trains there ({error})") from None
+    with one_line(f"{folder}: another process trains there"):
+        connection.execute("BEGIN EXCLUSIVE")            # SQLite can lock on every system
     return connection
 
 
-# ------------------------------------------------------------------------------------- the screen
-
+# The screen.
 def show_progress(text):
     """A status line, overwritten by the next one; shown only on a terminal."""
     if sys.stderr.isatty() and processes()[0] == 0:
@@ -403,70 +374,69 @@ def show_progress(text):
 
 def print_epoch(trainer, seconds):
     show_progress("")
-    print(f"epoch {len(trainer.history):3d}  {seconds:5.1f} s ", end="")
+    line = f"epoch {len(trainer.history):3d}  {seconds:5.1f} s "
     for task in trainer.tasks:
         scores = trainer.dev_scores(task)
         star = "*" if any(scores) and epochs_waited(scores) == 0 else " "
-        print(f"  {task.name} {scores[-1]:5.1f}{star}", end="")
-    print(flush=True)
+        line += f"  {task.name} {scores[-1]:5.1f}{star}"
+    print(line, flush=True)
 
 
 def print_start(trainer):
     """The settings, the sizes of the data and the model, what is not learned."""
     settings, model = trainer.settings, trainer.model
-    print(", ".join(f"{name} {shown(value)}" for name, value in asdict(settings).items()) + "\n")
+    print(", ".join(f"{name} {shown(value)}" for name, value in asdict(settings).items()))
+    print("\ntask    train    dev   test             batches   share of steps")
     n_batches = [task.n_batches(settings.batch_size) for task in trainer.tasks]
-    probabilities = sampling_probabilities(settings.schedule, n_batches)
-    print("task    train    dev   test             batches   share of steps")
-    for task, n, p in zip(trainer.tasks, n_batches, probabilities):
+    shares = sampling_probabilities(settings.schedule, n_batches)
+    for task, n, share in zip(trainer.tasks, n_batches, shares):
         sizes = "".join(f"{len(documents):7d}" for documents in task.data.values())
         unit = "documents" if task.whole_documents else "sentences"
-        print(f"{task.name:5s} {sizes}  {unit} {n:9d} {p:16.3f}")
+        print(f"{task.name:5s} {sizes}  {unit} {n:9d} {share:16.3f}")
     for task in trainer.tasks:
         rows = [row for d in task.data["train"] for row in d.annotations[task.annotation]]
-        left, reason = 0, "overlap a longer one"
+        left, total, why = 0, sum(map(len, rows)), "overlap a longer one"
         if HEADS[task.name] is Tagger:
-            left = sum(len(spans) - len(outermost(spans)) for spans in rows)
+            left = total - sum(len(outermost(spans)) for spans in rows)
         elif task.whole_documents:
             left = sum(end - start >= settings.max_span for row in rows for start, end in row)
-            reason = f"have more than --max-span {settings.max_span} words"
+            why = f"have more than --max-span {settings.max_span} words"
         if left:
-            print(f"{task.name}: not learned: {left} of {sum(map(len, rows))} training spans, "
-                  f"which {reason}")
-    sizes = [sum(p.numel() for p in part.parameters()) for part in
-             (model.embedder, model.encoders, model.heads, model)]
+            print(f"{task.name}: not learned: {left} of {total} training spans, which {why}")
+    parts = model.embedder, model.encoders, model.heads, model
+    sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
     print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*sizes))
     print(f"run folder: {trainer.folder}\n\ndev scores, * where they are the best so far")
 
 
 def print_results(trainer, results):
-    print(f"\nF1 on test in percent: of each task's own best weights, and of the one model with "
-          f"the best mean on dev (epoch {results['one_model_epoch']})\n\n"
+    print("\nF1 on test in percent: of each task's own best weights, and of the one model with the "
+          f"best mean on dev (epoch {results['one_model_epoch']})\n\n"
           "task   score        own best   one model   own best on dev")
     for name, row in results["tasks"].items():
         own, one, dev = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
         for score in [s for s in own if not s.endswith(("recall", "precision"))]:
-            print(f"{name:6s} {score:11s} {own[score]:9.2f}  {one[score]:10.2f}  "
-                  f"{dev.get(score, np.nan):16.2f}")
+            print(f"{name:6s} {score:11s} {own[score]:9.2f} {one[score]:11.2f} "
+                  f"{dev.get(score, np.nan):17.2f}")
     print()
     for name, row in results["tasks"].items():
-        print(f"{name}: best at epoch {row['best_epoch']} of {len(trainer.history)}, dev "
-              f"{row['best_dev']:.2f} then and {row['last_dev']:.2f} at the end; {row['steps']} steps, "
-              f"{row['passes']:.1f} passes over its data")
+        print("{}: best at epoch {best_epoch} of {}, dev {best_dev:.2f} then and {last_dev:.2f} at "
+              "the end; {steps} steps, {passes:.1f} passes over its data".format(
+                  name, len(trainer.history), **row))
     for name, weights in results["mixtures"].items():
         print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
 
 
-def print_examples(trainer, n=2):
-    """A few short dev documents of every task, as predicted; the key too if that is wrong."""
+def print_examples(trainer):
+    """Two short dev documents of every task, as predicted; the key too if that is wrong."""
     trainer.model.eval()
     for task in trainer.tasks:
         print(f"\n{task.name}, dev")
-        documents = [d for d in task.data["dev"] if any(d.annotations[task.annotation])]
-        for document in [d for d in documents if len(d) < 100][:n]:
+        names, dev = [task.annotation], task.data["dev"]
+        for document in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
             batch = make_batch([document], trainer.vocabulary).to(trainer.device)
-            found = annotate(trainer.model, document, batch)
-            found, key = [annotated_lines(d, [task.annotation]) for d in (found, document)]
+            found = annotated_lines(annotate(trainer.model, document, batch), names)
+            key = annotated_lines(document, names)
             versions = {"right": key} if found == key else {"wrong": found, "key": key}
             for mark, lines in versions.items():
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
@@ -476,46 +446,42 @@ def annotated_lines(document, names):
     """The sentences with [bracketed LABEL] spans, #n for the clusters they are in; below each its
     relations, and spans that cross a bracketed one. names: the annotations to show."""
     words = [word for sentence in document.sentences for word in sentence]
-    notes = [[] for _ in words]                      # below the sentence of the token
-    labels = {}
+    labels, notes = {}, [[] for _ in words]              # notes: below the sentence of the token
 
     def text(start, end):
         return " ".join(words[start:end + 1])
     for name in names:
         lists = document.annotations[name]
-        if name == "clusters":                       # numbered in the order of the text
-            lists = [[(*span, f"#{i}") for span in cluster] for i, cluster
-                     in enumerate(sorted(sorted(cluster) for cluster in lists), 1)]
-        for row in sorted(chain.from_iterable(lists)):
-            if len(row) == 5:
-                a, b, c, d, label = row
-                notes[a].append(f"    {text(a, b)} -- {label} -> {text(c, d)}")
+        if name == "clusters":                           # numbered in the order of the text
+            clusters = enumerate(sorted(map(sorted, lists)), 1)
+            lists = [[(*span, f"#{i}") for span in cluster] for i, cluster in clusters]
+        for start, end, *to, label in sorted(chain.from_iterable(lists)):
+            if to:
+                notes[start].append(f"    {text(start, end)} -- {label} -> {text(*to)}")
             else:
-                labels.setdefault(row[:2], []).append(row[2])
-    opened, closed, ends = Counter(), Counter(), []
+                labels.setdefault((start, end), []).append(label)
+    opened, closed, ends = Counter(), [""] * len(words), []      # ends: of brackets that are open
     for start, end in sorted(labels, key=lambda span: (span[0], -span[1])):
         label = " ".join(dict.fromkeys(labels[start, end]))
-        ends = [last for last in ends if last >= start]          # of the brackets that are open
+        ends = [last for last in ends if last >= start]
         if ends and ends[-1] < end:
             notes[start].append(f"    {text(start, end)} {label}")
         else:
             ends.append(end)
             opened[start] += 1
-            closed[end] = f" {label}]" + (closed[end] or "")
+            closed[end] = f" {label}]" + closed[end]
     lines, start = [], 0
     for sentence in document.sentences:
         tokens = range(start, start + len(sentence))
-        lines.append(" ".join("[" * opened[t] + words[t] + (closed[t] or "") for t in tokens))
+        lines.append(" ".join("[" * opened[t] + words[t] + closed[t] for t in tokens))
         lines += chain.from_iterable(notes[t] for t in tokens)
         start += len(sentence)
     return lines
 
 
-# -------------------------------------------------------------------------- a model from settings
-
+# A model from settings.
 def build(settings, checkpoint=None):
-    """(tasks with data, vocabulary, model) of a run's settings, on its device. With a checkpoint,
-    the data must give the same labels and vocabulary."""
+    """(tasks with data, vocabulary, model); a checkpoint's data must still be the same."""
     check_settings(settings)
     tasks, device = choose_tasks(settings.tasks), device_of(settings.device)
     folders = data_folders(settings.data, tasks)
@@ -529,11 +495,10 @@ def build(settings, checkpoint=None):
         settings.word_dim = values.shape[1]              # the file's width wins
     vocabulary = Vocabulary.from_documents([d for t in tasks for d in t.data["train"]], words)
     known = {*words} & {*vocabulary.words[:len(vocabulary.counts)]}
-    expect(known or not words, settings.vectors, "vectors of words of the training documents",
-           "none")
-    state = {"labels": labels, "vocabulary": vocabulary.state()}
-    if checkpoint and any(checkpoint[name] != value for name, value in state.items()):
-        raise InputError("--resume: expected the run's training data and vectors, found others")
+    expect(known or not words, settings.vectors, "words of the training documents", "none")
+    found = {"labels": labels, "vocabulary": vocabulary.state()}
+    same = not checkpoint or all(checkpoint.get(name) == found[name] for name in found)
+    expect(same, "--resume", "the run's training data and vectors", "others")
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
 
 
@@ -542,8 +507,7 @@ def data_folders(data, tasks):
     names, folders = [task.name for task in tasks], {}
     for item in sorted(data, key=lambda item: "=" in item):      # what is for all tasks first
         name, equals, folder = item.partition("=")
-        expect(not equals or name in names, f"--data {item}",
-               f"one of the tasks {', '.join(names)} before the =", name)
+        expect(not equals or name in names, "--data", f"one of the tasks {', '.join(names)}", name)
         folders |= {name: folder} if equals else dict.fromkeys(names, item)
     for name in names:
         expect(name in folders or not data, "--data", f"a folder for the task {name}", "none")
@@ -555,66 +519,52 @@ def device_of(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:      # no such device, or torch without it
-        raise InputError(f"--device {name}: {first_line(error)}") from None
-
-
-def first_line(error):
-    return str(error).splitlines()[0][:200]
+    with one_line(f"--device {name}"):
+        return torch.zeros(0, device=name).device        # an error if there is no such device
 
 
 def predict(folder, path, as_json, device):
-    """Prints the raw text at path, or its documents if it ends in .json or .jsonl, with everything
-    that a run's one model finds."""
+    """Prints the text or the .json or .jsonl documents at path, with all that best.pt finds."""
     checkpoint, weights = load(folder / "checkpoint.pt"), load(folder / "best.pt")
-    with expecting_a_checkpoint(folder / "checkpoint.pt"):
+    with one_line(f"{folder}: expected checkpoints of train.py"):
         settings = Settings(**checkpoint["settings"])
+        check_settings(settings)
         vocabulary = Vocabulary(**checkpoint["vocabulary"])
         model = HMTL(choose_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
-    with expecting_a_checkpoint(folder / "best.pt"):
         model.load_state_dict(weights)
     model.to(device).eval()
     for document in read_json(path) if path.endswith((".json", ".jsonl")) else [read_text(path)]:
         expect(len(document), f"{path}, {document.key}", "some words", "none")
         found = annotate(model, document, make_batch([document], vocabulary).to(device))
-        lines = [to_json(found)] if as_json else annotated_lines(found, found.annotations)
-        print(*lines, sep="\n")
+        print(to_json(found) if as_json else "\n".join(annotated_lines(found, found.annotations)))
 
 
-# ------------------------------------------------------------------------------- the command line
-
+# The command line.
+FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
 CHOICES = {"tasks": HIERARCHY, "schedule": ["proportional", "uniform", "successive"],
            "sharing": ["hierarchical", "flat", "inverted", "latent"]}
 LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "rare": (0, 1e9),
-          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9)}         # all others: above 0
+          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9)}       # all others: above 0
 
 
 def check_settings(settings):
     """Refuses values that no model can be built from."""
     for f in fields(settings):
-        value, where = getattr(settings, f.name), flag(f.name)
-        low, high = LIMITS.get(f.name, (1e-12, 1e9))
-        types = (int, float) if f.type is float else f.type
-        expect(isinstance(value, types), where, f"a value of type {f.type.__name__}", str(value))
-        if f.name in CHOICES:
-            values = {*value} if f.type is tuple else {value}
-            expect(values and values <= {*CHOICES[f.name]}, where,
-                   "one of " + ", ".join(CHOICES[f.name]), shown(value))
+        value, (low, high) = getattr(settings, f.name), LIMITS.get(f.name, (1e-9, 1e9))
+        good, expected = True, f"a value of type {f.type.__name__}"
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            good = False
+        elif f.name in CHOICES:
+            chosen, choices = {*value} if f.type is tuple else {value}, CHOICES[f.name]
+            good, expected = chosen and chosen <= {*choices}, f"one of {', '.join(choices)}"
         elif f.name.endswith("encoder"):
-            expect(re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), where,
-                   "LAYERSxUNITS, such as 2x64", value)
+            good, expected = re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), "LAYERSxUNITS, as in 2x64"
         elif f.type in (int, float):
-            expect(low <= value <= high, where, f"a number from {low:g} to {high:g}", str(value))
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+            good, expected = low <= value <= high, f"a number from {low:g} to {high:g}"
+        expect(good, FLAGS[f.name], expected, shown(value))
 
 
 def shown(value):
-    """A setting as it is printed."""
     return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
 
@@ -624,55 +574,50 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments):
-    """(settings given on the command line as a dict, other arguments)."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", metavar="DIR", type=Path, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
-    parser.add_argument("--predict", metavar="FILE",
-                        help="annotate raw text, - for standard input; or .json, .jsonl documents")
-    parser.add_argument("--json", action="store_true", help="predict JSON lines")
-    # The help of a setting is the comment of its field.
-    comments = dict(re.findall(r"^    (\w+): .*# (.+)", inspect.getsource(Settings), re.M))
+    """({setting: value} of those that are given, [--run, --resume, --predict, --json])."""
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", metavar="DIR", type=Path, help="folder of the run")
+    add("--resume", action="store_true",
+        help="go on with the run in --run; --epochs, --patience and --device may change")
+    add("--predict", metavar="FILE", help="annotate raw text (-: standard input), .json or .jsonl")
+    add("--json", action="store_true", help="predict JSON lines")
+    helps = dict(re.findall(r"^    (\w+): .*# (.+)", inspect.getsource(Settings), re.M))
     for f in fields(Settings):
-        many = {"nargs": "+"} if f.type is tuple else {"type": f.type}
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **many,
-                            choices=CHOICES.get(f.name),
-                            help=f"{comments[f.name]} (default: {shown(f.default)})")
+        kind = {"nargs": "+"} if f.type is tuple else {"type": f.type}
+        add(FLAGS[f.name], default=argparse.SUPPRESS, choices=CHOICES.get(f.name), **kind,
+            help=f"{helps[f.name]} (default: {shown(f.default)})")
     given = vars(parser.parse_args(arguments))
-    other = argparse.Namespace(**{k: given.pop(k) for k in ("run", "resume", "predict", "json")})
+    other = [given.pop(name) for name in ("run", "resume", "predict", "json")]
     if "tasks" in given:                                       # in the order of the hierarchy
         given["tasks"] = [task.name for task in choose_tasks(given["tasks"])]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 
 def main(arguments=None):
-    given, other = parse(arguments)
-    if (other.resume or other.predict) and not other.run:
-        raise InputError("--resume and --predict need --run DIR")
-    if other.json and not other.predict:
-        raise InputError("--json needs --predict")
-    if other.predict and given.keys() - {"device"}:
-        raise InputError("--predict takes the run's settings; only --device may be given")
-    if other.predict:
-        predict(other.run, other.predict, other.json, device_of(given.get("device")))
-    elif other.resume:
-        checkpoint = load(other.run / "checkpoint.pt")
-        run(resumed_settings(given, checkpoint, other.run), other.run, checkpoint)
+    given, (folder, resume, text, as_json) = parse(arguments)
+    expect(folder or not (resume or text), "--resume and --predict", "--run DIR", "none")
+    expect(text or not as_json, "--json", "--predict", "none")
+    if text:
+        expect(given.keys() <= {"device"}, "--predict", "--device or no setting", " ".join(given))
+        predict(folder, text, as_json, device_of(given.get("device")))
+    elif resume:
+        checkpoint = load(folder / "checkpoint.pt")
+        run(resumed_settings(given, checkpoint, folder), folder, checkpoint)
     else:
-        folder = other.run or new_folder(given.get("tasks", Settings.tasks))
-        if (folder / "checkpoint.pt").exists():
-            raise InputError(f"{folder}: holds a run; go on with --resume, or name another folder")
+        folder = folder or new_folder(given.get("tasks", Settings.tasks))
+        expect(not (folder / "checkpoint.pt").exists(), folder, "no run, or --resume", "a run")
         run(Settings(**given), folder)
 
 
 def resumed_settings(given, checkpoint, folder):
     """The run's own, but for those that may change."""
-    with expecting_a_checkpoint(folder / "checkpoint.pt"):
+    with one_line(f"{folder}: expected a checkpoint of train.py"):
         stored = asdict(Settings(**checkpoint["settings"]))
     for name, value in given.items():
-        expect(value == stored[name] or name in ("epochs", "patience", "device"), flag(name),
-               f"{shown(stored[name])} (a run keeps all but --epochs, --patience and --device)",
-               shown(value))
+        expect(value == stored[name] or name in ("epochs", "patience", "device"), FLAGS[name],
+               f"{shown(stored[name])}, as in the run", shown(value))
     return Settings(**stored | given)
 
 
@@ -686,12 +631,11 @@ def run(settings, folder, checkpoint=None):
         folder = gathered(folder)[0]
     tasks, vocabulary, model = build(settings, checkpoint)
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
-    if processes()[0] == 0:
-        held = lock(folder)                                    # until this function returns
-    else:
+    held = lock(folder) if processes()[0] == 0 else None
+    if not held:
         sys.stdout = open(os.devnull, "w")
     if checkpoint:
-        with expecting_a_checkpoint(folder / "checkpoint.pt"):
+        with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
     print_start(trainer)
     try:
@@ -700,12 +644,15 @@ def run(settings, folder, checkpoint=None):
         print_examples(trainer)
     except KeyboardInterrupt:
         raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
+    if held:
+        held.close()
     if dist.is_initialized():
         dist.barrier()               # a process that leaves before the others may abort, in gloo
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def command_line():
+    """`main`, with one line for what a user can mend."""
     sys.stdout.reconfigure(errors="replace")                   # screens that lack a character
     try:
         main()
@@ -713,3 +660,7 @@ if __name__ == "__main__":
         show_progress("")
         print(f"train.py: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    command_line()
