@@ -8,8 +8,8 @@ r"""The model: shared layers below, one head per task above. Read tasks.py befor
 HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the bottom and the
 complex ones at the top; every encoder reads the word vectors and the encoder below it.
 
-Left out for the reader's sake, and found below the banner: what differs from the paper and why, the
-table of word vectors, first weights, other ways to share, how spans are listed and scored.
+Left out for the reader's sake, and found below the banner: what differs from the paper and why,
+other ways to share, the table of word vectors, first weights, which spans are listed, Viterbi.
 
 Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
 C their characters, E width of the embedder, D width of an encoder, H hidden units of a head,
@@ -33,7 +33,7 @@ class Settings:
     """All settings of a run. Each field is a flag of train.py; its comment is the flag's help."""
     tasks: tuple = ("ner", "emd", "rel", "coref")      # which tasks to train
     data: tuple = ()                   # DIR for all tasks, or TASK=DIR ...; none: built-in corpus
-    vectors: str = ""                  # file of word vectors, GloVe text
+    vectors: str = ""                  # file of word vectors, GloVe or word2vec text
     # model
     word_dim: int = 100                # width of word vectors, where there is no file of them
     char_dim: int = 16                 # width of character vectors
@@ -58,17 +58,17 @@ class Settings:
     lr: float = 1e-3                   # learning rate of every task's Adam
     clip: float = 5.0                  # largest gradient norm
     schedule: str = "proportional"     # which task next: see `plan_epoch` in train.py
-    successive_delta: float = 1e-2     # weight of the distance from the task before, if successive
+    successive_delta: float = 1e-2     # weight of the distance from the weights before
     epochs: int = 40                   # an epoch: as many steps as there are batches in all
     patience: int = 20                 # training ends when no task improved for so many epochs
-    lr_patience: int = 8               # a task's rate is halved after more epochs without a best
+    lr_patience: int = 8               # epochs without a best, beyond which its rate is halved
     seed: int = 0                      # everything random follows from it
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
 
 # ---------------------------------------------------------------------------------- the hierarchy
 
-# task -> the tasks below it, nearest first; the first one being trained feeds this task's encoder
+# task -> the tasks below it, nearest first; the first of them in the run feeds its encoder
 HIERARCHY = {"ner": [], "emd": ["ner"], "rel": ["emd", "ner"], "coref": ["emd", "ner"]}
 
 
@@ -83,13 +83,13 @@ def layout(sharing, tasks):
 
 # --------------------------------------------------------------------------------- shared layers
 
-def dropout(x, p, training):
-    """A share p of the values becomes 0, the others grow by 1 / (1 - p)."""
+def dropout(x, p, training, mask=1.0):
+    """A share p of the values becomes 0, the others are divided by 1 - p; all times mask."""
     if not training:
-        return x
+        return x * mask
     limit = int(256 * p)                                # p in 256ths, to compare with bytes
     kept = random_bytes(x.shape, x.device) >= limit
-    return x * (kept * (256 / (256 - limit)))
+    return x * (kept * (mask * (256 / (256 - limit))))
 
 
 class Embedder(nn.Module):
@@ -99,7 +99,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.words = WordVectors(vocabulary, settings, vectors)
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
-        nn.init.zeros_(self.chars.weight[1].data)       # no training word has an unknown character
+        nn.init.zeros_(self.chars.weight[1].data)       # unknown characters: never trained, so 0
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         self.dropout = settings.dropout
         self.width = settings.word_dim + settings.char_filters
@@ -143,15 +143,15 @@ class Encoder(nn.Module):
         m = mask[:, :, None].to(x.dtype)                                         # (B, T, 1)
         for lstm in self.layers:
             x, _ = lstm(torch.cat([x, m], 2))
-            x = dropout(x * m, self.dropout, self.training)
+            x = dropout(x, self.dropout, self.training, mask=m)
         return x
 
 
 # ----------------------------------------------------------------------------------------- heads
 
 class Head(nn.Module):
-    """What a task adds to the shared layers. Built as Head(task, labels, width of x, width of
-    embedded, settings), a head has two methods of its own:
+    """What a task adds to the shared layers. Subclasses are built as (task, labels, width of x,
+    width of embedded, settings) and have two methods of their own:
 
     loss(x, embedded, batch)    training loss, a scalar
     decode(x, embedded, batch)  predictions, a list with the rows of every document
@@ -172,10 +172,10 @@ class Head(nn.Module):
         rows = [document.annotations[self.task.annotation] for document in batch.documents]
         if self.task.whole_documents:
             return rows
-        return [sentences[0] for sentences in rows]             # such documents are one sentence
+        return [sentences[0] for sentences in rows]             # its documents are single sentences
 
     def count(self, predictions, batch):
-        """{score: the four numbers of `Scores.add`}. predictions: {task: what its head decodes}."""
+        """{score: the four numbers of `Scores`}. predictions: {task: what its head decodes}."""
         pairs = list(zip(predictions[self.task.name], self.gold(batch)))
         return {name: sum_of(score(*pair) for pair in pairs)
                 for name, score in self.scores.items()}
@@ -198,7 +198,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)   # the loss learns it
+        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode alone
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""
@@ -218,7 +218,7 @@ class CRF(nn.Module):
             a_t(j) = e_t(j) + log sum_i exp(a_t-1(i)) exp(A(i, j))
             log Z  = log sum_j exp(a_n(j) + end(j)).
 
-        The sum over i is a matrix product: with 73 tags a fifth of the time of a logsumexp over
+        The sum over i is a matrix product: with 18 labels a fifth of the time of a logsumexp over
         (B, K, K). Each row's largest a is taken out before exp and added again.
         """
         transitions = self.transitions.exp()
@@ -248,7 +248,7 @@ class Tagger(Head):
         self.tags = ["O"] + [f"{prefix}-{label}" for label in labels for prefix in "BIUL"]
         self.tag_ids = {tag: i for i, tag in enumerate(self.tags)}
         self.emit = nn.Linear(width, len(self.tags))
-        states = [*self.tags, "O"]                                # the last is start and end
+        states = [*self.tags, "O"]                                # start and end act as O
         self.crf = CRF(torch.tensor([[may_follow(a, b) for b in states] for a in states]))
 
     def loss(self, x, embedded, batch):
@@ -272,7 +272,7 @@ class RelationHead(Head):
 
         P(i, j, label) = sigmoid(V relu(U h_i + W h_j + b) + c),
 
-    where i and j are the last tokens of the arguments. U, W, V are here `first`, `second`, `label`.
+    where i and j are the last tokens of the arguments, and U, W, V are first, second, label.
     """
 
     def __init__(self, task, labels, width, word_width, settings):
@@ -282,7 +282,7 @@ class RelationHead(Head):
         self.label = nn.Linear(settings.relation_units, len(labels))
         for layer in (self.first, self.second, self.label):
             nn.init.xavier_uniform_(layer.weight)
-        # About one (pair, label) in a thousand is true; from a bias of 0, the first few hundred
+        # One or two in a thousand (pair, label) are true; from a bias of 0, the first few hundred
         # steps would only learn this.
         nn.init.constant_(self.label.bias, -7.0)
 
@@ -316,8 +316,8 @@ class RelationHead(Head):
 # --------------------------------------------------------------------------- coref: antecedents
 
 class FFNN(nn.Module):
-    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. The first, before its
-    ReLU, is a sum of parts, so each is multiplied once per token or span, not per span or pair."""
+    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. As W [a; b] is W_a a +
+    W_b b, its `parts` are computed per token or span, and the caller sums them per span or pair."""
 
     def __init__(self, widths, units):
         super().__init__()
@@ -336,9 +336,9 @@ class CorefHead(Head):
     Every span of up to W words gets a mention score; the best are kept; each kept span picks an
     antecedent among the A kept spans before it, or none.
 
-        g_i       = [x_first; x_last; x^; phi]            x^: attended words, phi: width feature
+        g_i       = [x_first; x_last; x^; phi]            x^: attended word vectors, phi: width
         s_m(i)    = FFNN(g_i)
-        s_a(i, j) = FFNN([g_i; g_j; g_i o g_j; phi])      phi: distance feature
+        s_a(i, j) = FFNN([g_i; g_j; g_i o g_j; phi])      phi: distance
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
     """
     scores = COREF_SCORES
@@ -362,8 +362,8 @@ class CorefHead(Head):
         gold = gold_clusters(batch, self.gold(batch)[0], self.settings.max_span)  # (N, W)
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch, gold)
         scores = self.antecedent_scores(mention_scores, g)                       # (S, A + 1)
-        # Correct are all antecedents in the span's gold cluster, or none if there is none. Column d
-        # is the span d places back, column 0 none.
+        # Column d is the span d places back, column 0 no antecedent. Correct: all antecedents of
+        # the span's gold cluster; without one, column 0.
         cluster = gold[first, last - first]                                      # (S,)
         correct = torch.zeros_like(scores, dtype=torch.bool)
         for d in range(1, scores.shape[1]):
@@ -387,7 +387,7 @@ class CorefHead(Head):
         """
         x = x[batch.mask]                                                        # (N, D)
         embedded = embedded[batch.mask]                                          # (N, E)
-        ends, valid = span_ends(batch, self.settings.max_span)                   # (N, W)
+        ends, valid = span_ends(batch, self.settings.max_span)    # (N, W): token n + w
         attended = self.attended_words(x, embedded, ends)                        # (N, W, E)
         of_first, of_last, of_words, of_width = self.mention.parts
         hidden = of_first(x)[:, None] + of_last(x)[ends] + of_words(attended)    # (N, W, H)
@@ -416,8 +416,8 @@ class CorefHead(Head):
         return scores.softmax(2) @ embedded[ends]
 
     def antecedent_scores(self, mention_scores, g):
-        """s, (S, A + 1): column d holds the span d places back, column 0 none. All pairs that are d
-        apart are two slices, so nothing needs to be gathered."""
+        """s, (S, at most A + 1): column d holds the span d places back, column 0 none. All pairs
+        that are d apart are two slices, so nothing needs to be gathered."""
         of_span, of_antecedent, of_product, of_distance = self.pair.parts
         span, antecedent = of_span(g), of_antecedent(g)                          # (S, H)
         distance = of_distance(self.distance.weight)                             # (buckets, H)

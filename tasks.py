@@ -11,11 +11,11 @@ Two sentences show all four tasks:
     coref  coreference: clusters of mentions      {Ada Kell, She}  {Nordex, the firm}
 
 A `Document` holds sentences and annotations. A `Task` knows its annotation and draws batches of
-documents. `make_batch` turns these into tensors. The scores equal those of the official scorers.
+documents. `make_batch` turns these into tensors. The scores equal those of conlleval and CoNLL.
 A span is (start, end), token offsets, the end inclusive.
 
-Left out for the reader's sake, and found below the banner: reading and checking files, cutting long
-documents, matching clusters, the built-in corpus.
+Left out for the reader's sake, and found below the banner: coreference scores, BIOUL tags, reading
+and checking files, cutting long documents, the built-in corpus.
 """
 
 import json
@@ -70,7 +70,7 @@ class Task:
         carry its annotation. Training documents over max_tokens are cut. Raises InputError."""
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
-            longest = 1                                    # cuts after every sentence
+            longest = 1                                    # so every sentence is a part
             if self.whole_documents:
                 longest = max_tokens if split == "train" else sys.maxsize
             self.data[split] = cut_documents(documents, longest)
@@ -101,7 +101,7 @@ class Task:
         key = (epoch, size, seed)
         if key not in self.order:
             lengths = [len(d) for d in self.data["train"]]
-            rng = np.random.default_rng([seed, *self.name.encode(), epoch])    # bytes: numbers
+            rng = np.random.default_rng([seed, *self.name.encode(), epoch])    # name: bytes
             batches = plan_batches(lengths, self.batch_size(size), rng)
             self.order = {key: batches}                    # cached until the next pass
         return self.order[key]
@@ -127,8 +127,8 @@ TASKS = [Task("ner", "ner", "f1", builtin_size=300),
 class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
-    words: those of the training documents, then those that only the vector file has. counts: the
-    number of training documents that contain each training word; inf for padding and unknown.
+    words: these two, those of the training documents, those that only the vector file has. counts:
+    the number of training documents that contain each training word; inf for padding and unknown.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
 

@@ -1506,6 +1506,30 @@ class CommandLineTest(unittest.TestCase):
             train.load(Path("checkpoint.pt"))
         self.assertFalse(Path("evil").exists())
 
+    def test_the_fifth_task_of_the_readme(self):
+        section = (HERE / "README.md").read_text().split("## Your task")[1]
+        Path("pos.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+        for i, split in enumerate(("train", "dev", "test")):
+            documents = builtin_documents(40, np.random.default_rng(i))
+            for d in documents:                      # here a word's class is seen from its letters
+                starts = itertools.accumulate(map(len, d.sentences), initial=0)
+                d.annotations["pos"] = [
+                    [(t, t, "WORD" if word.islower() else "NAME" if word.isalpha() else "MARK")
+                     for t, word in enumerate(words, start)]
+                    for start, words in zip(starts, d.sentences)]
+            Path(f"{split}.json").write_text("\n".join(map(to_json, documents)))
+        line = [sys.executable, "pos.py", "--tasks", "pos", "ner", "--epochs", "6", "--run", "r",
+                "--encoder", "1x16", "--batch-size", "4"]
+        environment = os.environ | {"PYTHONPATH": str(HERE)}
+        done = subprocess.run([*line, "--data", "."], capture_output=True, env=environment)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        scores = json.loads(Path("r/results.json").read_text())["tasks"]["pos"]["own_best"]["test"]
+        self.assertGreater(scores["f1"], 90.0)
+        self.assertAlmostEqual(scores["f1"], scores["f1-recall"])          # it is the accuracy
+        done = subprocess.run([*line[:5], "--run", "s"], capture_output=True, env=environment)
+        self.assertEqual((done.returncode, done.stderr.count(b"\n")), (2, 1))
+        self.assertIn(b"a folder", done.stderr)
+
     def test_every_command_of_the_readme_parses(self):
         text = (HERE / "README.md").read_text()
         lines = re.findall(r"^(?!.*`).*\btrain\.py (.*?)(?:  #.*)?$", text, re.M)

@@ -10,7 +10,7 @@ proportional to its batches, take its next batch, make one step of that task's o
 the whole model. Every task is scored on dev after every epoch, keeps its best weights, and training
 ends when no task improves.
 
-Every epoch seeds itself from (seed, epoch), and a task's batches follow from (seed, number). So no
+Every epoch seeds itself from (seed, epoch), a batch from (seed, task, its number). So no
 generator state is saved, and a resumed run equals an uninterrupted one bit for bit (on a CPU).
 
 Left out for the reader's sake, and found below the banner: several processes, files, the screen,
@@ -136,9 +136,9 @@ class MultiTaskTrainer:
         plan = plan_epoch(self.settings.schedule, n_batches, rng)
         losses = {}
         self.model.train()
-        for step, number in enumerate(plan):
-            task = self.tasks[number]
-            if self.settings.schedule == "successive" and (step == 0 or number != plan[step - 1]):
+        for step, index in enumerate(plan):
+            task = self.tasks[index]
+            if self.settings.schedule == "successive" and (step == 0 or index != plan[step - 1]):
                 set_anchor(self)
             losses.setdefault(task.name, []).append(self.train_step(task))
             show_progress(f"epoch {epoch + 1}: step {step + 1} of {len(plan)}")
@@ -177,7 +177,7 @@ class MultiTaskTrainer:
         return self.model.get_metrics(task.name, reset=True)
 
     def dev_scores(self, task):
-        """The score that training watches, of every epoch; negative if it should decrease."""
+        """The score that training watches, of every epoch; negated if it should decrease."""
         sign = -1 if task.validation_metric_decreases else 1
         return [sign * row["dev"][task.name][task.validation_metric_name] for row in self.history]
 
