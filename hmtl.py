@@ -518,23 +518,20 @@ class HMTL(nn.Module):
 # - For coreference too every sentence of a document is encoded on its own, as in Lee et al. 2017:
 #   the lower encoders then see what they see in the other tasks.
 # - A sentence's loss is the sum over its tokens or pairs, a batch's the mean over its sentences
-#   (for coreference, the sum over its one document). Nothing depends on what it was batched with;
-#   the authors' code averaged relations over padding.
+#   (coreference: the sum over its document). The authors' code averaged relations over padding.
 # - A rare word, one of a single training document, is read as the unknown word half of the time. So
 #   the vector of the unknown is trained, and coreference learns to match names by their characters.
-# - The output bias of the relation head starts at -7, and the LSTMs start from larger weights than
-#   torch gives them (`first_lstm`). A task whose dev score is still 0 loses neither patience nor
-#   learning rate (train.py). Without the last two, relations were seen to score 0 for 60 epochs.
-# - In training, gold mentions are kept beside those with the best scores.
-# - Kept spans may cross each other; Lee et al. drop such spans.
+# - Relations start from a bias of -7, LSTMs from larger weights than torch gives (`first_lstm`); a
+#   task whose dev score is still 0 loses neither patience nor learning rate (train.py). Without the
+#   last two, relations were seen to score 0 for 60 epochs.
+# - In training, gold mentions are kept beside the best. Kept spans may cross; Lee et al. drop such.
 # - Dropout on words is drawn once for each distinct word of a batch, and the coreference scorers
 #   drop parts of what they read, not their many hidden units: fewer numbers to draw.
 
 def other_layout(sharing, tree):
-    """What the paper's tree is compared with. inverted: the same tree upside down; flat: one stack
-    of all encoders, every head reads its top; latent: the tree, but a head reads a learned mixture
-    of all encoders, after the idea of Ruder et al. 2017, "Latent multi-task architecture
-    learning"."""
+    """inverted: the paper's tree upside down; flat: one stack of all encoders, every head reads its
+    top; latent: the tree, but a head reads a learned mixture of all encoders, after the idea of
+    Ruder et al. 2017, "Latent multi-task architecture learning"."""
     tasks = list(tree)
     if sharing == "inverted":
         above = {task: [t for t in tasks if task in tree[t]] for task in reversed(tasks)}
@@ -601,10 +598,10 @@ def random_bytes(shape, device):
 
 @torch.no_grad()
 def first_lstm(width, units):
-    """torch starts every weight within +-1 / sqrt(H), biases too. Through three stacked layers the
-    tokens of a sentence then end up 0.01 apart, and the relation head learns nothing for hundreds
-    of steps. Glorot & Bengio 2010 for the input, orthogonal for the state, and an open forget gate
-    (Jozefowicz et al. 2015) keep them 0.1 apart."""
+    """torch starts all weights within +-1 / sqrt(H), biases too. Three layers later, tokens of a
+    sentence are 0.01 apart, and relations learn nothing for hundreds of steps. Glorot & Bengio 2010
+    for the input, orthogonal for the state, and an open forget gate (Jozefowicz et al. 2015) keep
+    them 0.1 apart."""
     lstm = nn.LSTM(width, units, bias=False, batch_first=True, bidirectional=True)
     for name, weight in lstm.named_parameters():
         for i, gate in enumerate(weight.chunk(4)):               # input, forget, cell, output
@@ -669,9 +666,9 @@ def with_types(relations, spans):
 
 
 def count_relations(predictions, batch, gold_relations):
-    """`last-token`, the paper's score, asks for the label and the last tokens of both arguments;
-    `boundaries` for the arguments' spans; `strict` for their types too. Spans and types come from
-    the tagger: the last two need one, and `strict` its annotation."""
+    """`last-token`, the paper's score, asks for the label and both arguments' last tokens;
+    `boundaries` for their spans, `strict` for their types too, which come from the tagger: there
+    must be one, and for `strict` its annotation."""
     rows = {"last-token": [], "boundaries": [], "strict": []}
     tagger = argument_tagger(predictions)
     for i, gold in enumerate(gold_relations):
@@ -691,8 +688,7 @@ def span_ends(batch, longest):
     """(N, W): the last tokens of all spans, and which spans lie within a sentence."""
     n, device = sum(batch.lengths), batch.mask.device
     ends = torch.arange(n, device=device)[:, None] + torch.arange(longest, device=device)
-    row = torch.arange(len(batch.mask), device=device)[:, None]
-    sentence = row.expand_as(batch.mask)[batch.mask]                             # (N,)
+    sentence = batch.mask.nonzero()[:, 0]                                        # (N,)
     clamped = ends.clamp(max=n - 1)
     return clamped, (ends < n) & (sentence[clamped] == sentence[:, None])
 

@@ -257,13 +257,10 @@ def expect(condition, where, expected, found):
         raise InputError(f"{where}: expected {expected}, found {found[:100]}")
 
 
-def cluster_of_mention(clusters):
-    return {mention: i for i, cluster in enumerate(clusters) for mention in cluster}
-
-
 def overlaps(predicted, gold):
     """{(i, j): how many mentions predicted cluster i and gold cluster j share}, where they do."""
-    i, j = cluster_of_mention(predicted), cluster_of_mention(gold)
+    i, j = ({mention: number for number, cluster in enumerate(clusters) for mention in cluster}
+            for clusters in (predicted, gold))
     return Counter((i[mention], j[mention]) for mention in i if mention in j)
 
 
