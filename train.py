@@ -550,7 +550,8 @@ LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "ra
 def check_settings(settings):
     """Refuses values that no model can be built from."""
     for f in fields(settings):
-        value, (low, high) = getattr(settings, f.name), LIMITS.get(f.name, (1e-9, 1e9))
+        value = getattr(settings, f.name)
+        low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
         good, expected = True, f"a value of type {f.type.__name__}"
         if not isinstance(value, (int, float) if f.type is float else f.type):
             good = False
