@@ -58,10 +58,10 @@ class Settings:
     lr: float = 1e-3                   # learning rate of every task's Adam
     clip: float = 5.0                  # largest gradient norm
     schedule: str = "proportional"     # which task next: see `plan_epoch` in train.py
-    successive_delta: float = 1e-2     # weight of the distance from the weights before
+    successive_delta: float = 1e-2     # penalty on the drift of shared weights, if successive
     epochs: int = 40                   # an epoch: as many steps as there are batches in all
     patience: int = 20                 # training ends when no task improved for so many epochs
-    lr_patience: int = 8               # epochs without a best, beyond which its rate is halved
+    lr_patience: int = 8               # epochs without a best, beyond which a task's rate is halved
     seed: int = 0                      # everything random follows from it
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
@@ -198,7 +198,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode alone
+        self.register_buffer("forbidden", forbidden, persistent=False)   # for decode alone
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""

@@ -11,8 +11,8 @@ Two sentences show all four tasks:
     coref  coreference: clusters of mentions      {Ada Kell, She}  {Nordex, the firm}
 
 A `Document` holds sentences and annotations. A `Task` knows its annotation and draws batches of
-documents. `make_batch` turns these into tensors. The scores equal those of conlleval and CoNLL.
-A span is (start, end), token offsets, the end inclusive.
+documents. `make_batch` turns these into tensors. The scores equal conlleval's and
+CoNLL's coreference scorer's. A span is (start, end), token offsets, the end inclusive.
 
 Left out for the reader's sake, and found below the banner: coreference scores, BIOUL tags, reading
 and checking files, cutting long documents, the built-in corpus.
@@ -265,7 +265,7 @@ def overlaps(predicted, gold):
 
 
 def muc(predicted, gold):
-    """Vilain et al. 1995 count links, n - 1 for n mentions: in a cluster, and in what two share."""
+    """Vilain et al. 1995: links, n - 1 in n mentions; hits are the links in what clusters share."""
     hits = sum(n - 1 for n in overlaps(predicted, gold).values())
     return hits, sum(len(c) - 1 for c in predicted), hits, sum(len(c) - 1 for c in gold)
 
@@ -279,7 +279,7 @@ def b_cubed(predicted, gold):
 
 
 def ceaf_e(predicted, gold):
-    """Luo 2005: clusters matched one to one for most phi4 in all, 2 |P & G| / (|P| + |G|)."""
+    """Luo 2005: clusters matched one to one, to the largest sum of 2 |P & G| / (|P| + |G|)."""
     similarity = np.zeros((len(predicted), len(gold)))
     for (i, j), n in overlaps(predicted, gold).items():
         similarity[i, j] = 2 * n / (len(predicted[i]) + len(gold[j]))
@@ -332,8 +332,8 @@ def cut_documents(documents, max_tokens):
 
 
 def part_of(document, kept):
-    """A document of the sentences with the indices `kept`. A cluster with one mention left by the
-    cut is none; one that had no more before stays."""
+    """A document of the sentences with the indices `kept`. A cluster of which the cut leaves one
+    mention is dropped; one that had a single mention before stays."""
     start = sum(map(len, document.sentences[:kept[0]]))    # gaps in `kept` are empty sentences
     part = Document(document.key, [document.sentences[i] for i in kept])
     for name, lists in document.annotations.items():
