@@ -27,7 +27,6 @@ from torch import nn
 from tasks import (COREF_SCORES, Document, Scores, count_rows, may_follow, shifted, spans_of,
                    tags_of)
 
-
 @dataclass
 class Settings:
     """All settings of a run. Each field is a flag of train.py; its comment is the flag's help."""
@@ -65,12 +64,10 @@ class Settings:
     seed: int = 0                      # everything random follows from it
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
-
 # ---------------------------------------------------------------------------------- the hierarchy
 
 # task -> the tasks below it, nearest first; the first of them in the run feeds its encoder
 HIERARCHY = {"ner": [], "emd": ["ner"], "rel": ["emd", "ner"], "coref": ["emd", "ner"]}
-
 
 def layout(sharing, tasks):
     """Which encoders feed each encoder, and which each head reads: two dicts {task: [tasks]}, the
@@ -79,7 +76,6 @@ def layout(sharing, tasks):
     if sharing == "hierarchical":
         return tree, {task: [task] for task in tasks}
     return other_layout(sharing, tree)
-
 
 # --------------------------------------------------------------------------------- shared layers
 
@@ -90,7 +86,6 @@ def dropout(x, p, training, mask=1.0):
     limit = int(256 * p)                                # p in 256ths, to compare with bytes
     kept = random_bytes(x.shape, x.device) >= limit
     return x * (kept * (mask * (256 / (256 - limit))))
-
 
 class Embedder(nn.Module):
     """[word vector; char CNN] of every token, computed once for each distinct word of a batch."""
@@ -120,7 +115,6 @@ class Embedder(nn.Module):
         # A maximum that starts from 0 is a ReLU.
         return torch.segment_reduce(features, "max", lengths=batch.n_chars, initial=0.0)
 
-
 class Encoder(nn.Module):
     """A stack of bidirectional LSTM layers, exact on padded input.
 
@@ -145,7 +139,6 @@ class Encoder(nn.Module):
             x, _ = lstm(torch.cat([x, m], 2))
             x = dropout(x, self.dropout, self.training, mask=m)
         return x
-
 
 # ----------------------------------------------------------------------------------------- heads
 
@@ -179,7 +172,6 @@ class Head(nn.Module):
         pairs = list(zip(predictions[self.task.name], self.gold(batch)))
         return {name: sum_of(score(*pair) for pair in pairs)
                 for name, score in self.scores.items()}
-
 
 # ------------------------------------------------------------------------- ner and emd: a tagger
 
@@ -239,7 +231,6 @@ class CRF(nn.Module):
                        self.transitions + self.forbidden[:-1, :-1],
                        self.end + self.forbidden[:-1, -1])
 
-
 class Tagger(Head):
     """Spans with labels, as BIOUL tags: begin, inside, outside, unit (one word), last."""
 
@@ -263,7 +254,6 @@ class Tagger(Head):
         ids = self.crf.decode(self.emit(x), batch.mask).tolist()
         tags = [[self.tags[i] for i in row] for row in ids]
         return [spans_of(row[:length]) for row, length in zip(tags, batch.lengths)]
-
 
 # ------------------------------------------------------------------------------------ rel: pairs
 
@@ -312,7 +302,6 @@ class RelationHead(Head):
     def count(self, predictions, batch):
         return count_relations(predictions, batch, self.gold(batch))
 
-
 # --------------------------------------------------------------------------- coref: antecedents
 
 class FFNN(nn.Module):
@@ -328,7 +317,6 @@ class FFNN(nn.Module):
     def forward(self, summed):
         """The sum of the parts' outputs (..., H) -> (...)."""
         return self.upper(summed)[..., 0]
-
 
 class CorefHead(Head):
     """End-to-end coreference (Lee et al. 2017), on one document.
@@ -430,11 +418,9 @@ class CorefHead(Head):
             columns.append(F.pad(s, (d, 0), value=float("-inf")))
         return torch.stack(columns, 1)
 
-
 # ------------------------------------------------------------------------------------- the model
 
 HEADS = {"ner": Tagger, "emd": Tagger, "rel": RelationHead, "coref": CorefHead}
-
 
 class HMTL(nn.Module):
     """The hierarchy of encoders, and a head for each chosen task."""
@@ -508,7 +494,6 @@ class HMTL(nn.Module):
             metric.sums = {}
         return scores
 
-
 # ================================================================================================
 # Skip this on a first reading: the practical side. Go on with train.py.
 # ================================================================================================
@@ -541,12 +526,10 @@ def other_layout(sharing, tree):
         return stack, {task: tasks[-1:] for task in tasks}
     return tree, {task: tasks for task in tasks}
 
-
 def first_mixtures(reads):
     """A weight, before the softmax, for each encoder that a head reads, if it reads several."""
     return nn.ParameterDict({task: torch.zeros(len(encoders)) for task, encoders in reads.items()
                              if len(encoders) > 1})
-
 
 def head_input(model, task, outputs):
     """The output of the task's encoder; with latent sharing sum_k softmax(w)_k x_k, a mixture of
@@ -557,7 +540,6 @@ def head_input(model, task, outputs):
     width = max(x.shape[2] for x in read)
     return sum(weight * F.pad(x, (0, width - x.shape[2]))
                for weight, x in zip(model.mixtures[task].softmax(0), read))
-
 
 class WordVectors(nn.Module):
     """(U,) -> (U, word_dim); in training, a rare word sometimes gets the vector of the unknown.
@@ -588,13 +570,11 @@ class WordVectors(nn.Module):
             vectors = torch.where((ids < n)[:, None], vectors, self.frozen[(ids - n).clamp(min=0)])
         return vectors
 
-
 def random_bytes(shape, device):
     """Eight bytes of every random number: with them dropout takes a third of F.dropout's time."""
     n = torch.Size(shape).numel()
     numbers = torch.randint(-2 ** 63, 2 ** 63 - 1, (n // 8 + 1,), device=device)
     return numbers.view(torch.uint8)[:n].view(shape)
-
 
 @torch.no_grad()
 def first_lstm(width, units):
@@ -612,7 +592,6 @@ def first_lstm(width, units):
                 gate[:, -1] = float(i == 1)                      # the bias: see `Encoder`
     return lstm
 
-
 def run_in_groups(encoder, x, batch, size=8):
     """The encoder on sentences of like lengths together, if more than a third of a batch is
     padding, as in a document. One of 2,000 tokens then takes about half the time."""
@@ -624,7 +603,6 @@ def run_in_groups(encoder, x, batch, size=8):
         longest = batch.lengths[rows[-1]]
         output[rows, :longest] = encoder(x[rows, :longest], batch.mask[rows, :longest])
     return output
-
 
 @torch.no_grad()
 def viterbi(emissions, mask, start, transitions, end):
@@ -641,15 +619,12 @@ def viterbi(emissions, mask, start, transitions, end):
         tags.append(tag)
     return torch.stack(tags[::-1], 1)
 
-
 def sum_of(counts):
     return [sum(column) for column in zip(*counts)]
-
 
 def argument_tagger(tasks):
     """The tagger that gives relations their arguments: mentions before names."""
     return next((name for name in ("emd", "ner") if name in tasks), None)
-
 
 def with_spans(relations, spans):
     """Relations between last tokens as (start1, end1, start2, end2, label), the arguments being
@@ -658,12 +633,10 @@ def with_spans(relations, spans):
     return [(start[i], i, start[j], j, label) for i, j, label in relations
             if i in start and j in start]
 
-
 def with_types(relations, spans):
     """Relations with the labels of their arguments' spans."""
     label = {(start, end): label for start, end, label in spans}
     return [(*r, label.get(r[:2]), label.get(r[2:4])) for r in relations]
-
 
 def count_relations(predictions, batch, gold_relations):
     """`last-token`, the paper's score, asks for the label and both arguments' last tokens;
@@ -683,7 +656,6 @@ def count_relations(predictions, batch, gold_relations):
                 rows["strict"].append(count_rows(with_types(found, spans), gold))
     return {name: sum_of(counts) for name, counts in rows.items() if counts}
 
-
 def span_ends(batch, longest):
     """(N, W): the last tokens of all spans, and which spans lie within a sentence."""
     n, device = sum(batch.lengths), batch.mask.device
@@ -691,7 +663,6 @@ def span_ends(batch, longest):
     sentence = batch.mask.nonzero()[:, 0]                                        # (N,)
     clamped = ends.clamp(max=n - 1)
     return clamped, (ends < n) & (sentence[clamped] == sentence[:, None])
-
 
 def gold_clusters(batch, clusters, longest):
     """(N, W): for every span the number of its gold cluster, from 1; 0 for none."""
@@ -702,7 +673,6 @@ def gold_clusters(batch, clusters, longest):
                 cluster[start, end - start] = i
     return cluster.to(batch.mask.device)
 
-
 def clusters_of(spans, back):
     """Clusters of the spans that each pick the one `back` places before, 0 for none."""
     cluster_of = {}
@@ -711,7 +681,6 @@ def clusters_of(spans, back):
             cluster_of[i] = cluster_of.setdefault(i - d, [spans[i - d]])
             cluster_of[i].append(spans[i])
     return list({id(cluster): cluster for cluster in cluster_of.values()}.values())
-
 
 def annotate(model, document, batch):
     """The document with everything that the model predicts. batch: of this document alone."""

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
 # ------------------------------------------------------------------------- documents and tasks
 
 @dataclass
@@ -47,7 +46,6 @@ class Document:
 
     def __len__(self):
         return sum(len(words) for words in self.sentences)
-
 
 @dataclass
 class Task:
@@ -106,7 +104,6 @@ class Task:
             self.order = {key: batches}                    # cached until the next pass
         return self.order[key]
 
-
 def plan_batches(lengths, size, rng):
     """Index arrays of batches in random order. Sentences of like lengths share a batch, because
     padding costs time; noise on the lengths makes every pass different."""
@@ -114,13 +111,11 @@ def plan_batches(lengths, size, rng):
     batches = np.split(np.argsort(noisy), range(size, len(lengths), size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
-
 # The simplest first.
 TASKS = [Task("ner", "ner", "f1", builtin_size=300),
          Task("emd", "emd", "f1", builtin_size=200),
          Task("rel", "relations", "last-token", builtin_size=60),
          Task("coref", "clusters", "mean", whole_documents=True, builtin_size=120)]
-
 
 # --------------------------------------------------------------------------------------- batches
 
@@ -162,7 +157,6 @@ class Vocabulary:
     def state(self):
         return {"words": self.words, "chars": self.chars, "counts": self.counts}
 
-
 @dataclass
 class Batch:
     """Documents as tensors: the sentences of all documents side by side, empty ones left out.
@@ -181,7 +175,6 @@ class Batch:
         tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars)
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
-
 def make_batch(documents, vocabulary):
     """Documents -> `Batch`. What is computed from a word alone is computed once per distinct word,
     not per token."""
@@ -198,7 +191,6 @@ def make_batch(documents, vocabulary):
     tokens = torch.from_numpy(tokens)
     return Batch(documents, lengths, tokens, tokens > 0, torch.tensor(ids), torch.tensor(chars),
                  torch.tensor(n_chars))
-
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -233,14 +225,12 @@ class Scores:
             scores[self.mean] = sum(scores[name] for name in self.sums) / len(self.sums)
         return scores
 
-
 def count_rows(predicted, gold):
     """The four numbers for spans with a label, or relations: a row is a hit only if the other side
     has exactly the same row."""
     predicted, gold = set(predicted), set(gold)
     hits = len(predicted & gold)
     return hits, len(predicted), hits, len(gold)
-
 
 # ================================================================================================
 # Skip this on a first reading: the practical side. Go on with hmtl.py.
@@ -249,13 +239,11 @@ def count_rows(predicted, gold):
 class InputError(Exception):
     """Bad input: one line that says where, what was expected and what was found."""
 
-
 def expect(condition, where, expected, found):
     if not condition:
         plain = isinstance(found, str) and found.isprintable() and found.strip()
         found = found if plain else json.dumps(found)
         raise InputError(f"{where}: expected {expected}, found {found[:100]}")
-
 
 def overlaps(predicted, gold):
     """{(i, j): how many mentions predicted cluster i and gold cluster j share}, where they do."""
@@ -263,12 +251,10 @@ def overlaps(predicted, gold):
             for clusters in (predicted, gold))
     return Counter((i[mention], j[mention]) for mention in i if mention in j)
 
-
 def muc(predicted, gold):
     """Vilain et al. 1995: links, n - 1 in n mentions; hits are the links in what clusters share."""
     hits = sum(n - 1 for n in overlaps(predicted, gold).values())
     return hits, sum(len(c) - 1 for c in predicted), hits, sum(len(c) - 1 for c in gold)
-
 
 def b_cubed(predicted, gold):
     """Bagga & Baldwin 1998: for every mention, how much of its cluster the other side has too."""
@@ -277,7 +263,6 @@ def b_cubed(predicted, gold):
     gold_hits = sum(n * n / len(gold[j]) for (_, j), n in shared)
     return hits, sum(map(len, predicted)), gold_hits, sum(map(len, gold))
 
-
 def ceaf_e(predicted, gold):
     """Luo 2005: clusters matched one to one, to the largest sum of 2 |P & G| / (|P| + |G|)."""
     similarity = np.zeros((len(predicted), len(gold)))
@@ -285,7 +270,6 @@ def ceaf_e(predicted, gold):
         similarity[i, j] = 2 * n / (len(predicted[i]) + len(gold[j]))
     best = best_matching_sum(similarity)
     return best, len(predicted), best, len(gold)
-
 
 def best_matching_sum(value):
     """The largest sum of entries of a matrix >= 0, at most one in a row and in a column: shortest
@@ -311,7 +295,6 @@ def best_matching_sum(value):
             row_of[column], column = row_of[before[column]], before[column]
     return float(sum(value[i, j] for j, i in enumerate(row_of[:m]) if i >= 0))
 
-
 def cut_documents(documents, max_tokens):
     """Cuts between sentences into documents of at most max_tokens, or of one longer sentence; empty
     sentences are left out."""
@@ -330,7 +313,6 @@ def cut_documents(documents, max_tokens):
         print(f"cut: {n_cut} training documents longer than --max-tokens {max_tokens}")
     return parts
 
-
 def part_of(document, kept):
     """A document of the sentences with the indices `kept`. A cluster of which the cut leaves one
     mention is dropped; one that had a single mention before stays."""
@@ -345,11 +327,9 @@ def part_of(document, kept):
         part.annotations[name] = [[shifted(row, -start) for row in rows] for rows in lists]
     return part
 
-
 def shifted(row, n):
     """A span or relation with n added to its offsets."""
     return tuple(x if isinstance(x, str) else x + n for x in row)
-
 
 def read_split(folder, split, task):
     """The documents of DIR/train.json or the like that carry the task's annotation."""
@@ -364,7 +344,6 @@ def read_split(folder, split, task):
            f"{task.name}", "none")
     return documents
 
-
 def read_lines(path):
     try:
         with open(0 if str(path) == "-" else path, encoding="utf-8-sig") as file:
@@ -373,18 +352,15 @@ def read_lines(path):
         found = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: expected a file of UTF-8 text, found {found}") from None
 
-
 def read_json(path):
     """Documents from JSON lines, the format of SciERC and DyGIE++. Errors name file and line."""
     return [parse_document(line, f"{path}, line {n}", f"{path}:{n}")
             for n, line in enumerate(read_lines(path), 1) if line.strip()]
 
-
 def to_json(document):
     """The document as one line of the format that `read_json` reads."""
     row = {"doc_key": document.key, "sentences": document.sentences, **document.annotations}
     return json.dumps(row, ensure_ascii=False)
-
 
 def parse_document(line, where, key):
     """A Document from one line of JSON; `where` stands in errors, `key` is its default doc_key."""
@@ -422,7 +398,6 @@ def parse_document(line, where, key):
         expect(n == 1, f"{where}, clusters", "every span in at most one cluster", span)
     return document
 
-
 def read_columns(path, annotation):
     """Documents of one sentence from columns: word first, BIO, BIOES or BIOUL tag last, a blank
     line after each sentence. -DOCSTART- lines are skipped."""
@@ -442,7 +417,6 @@ def read_columns(path, annotation):
             tags.append(columns[-1])
     return documents
 
-
 def spans_of(tags):
     """[(start, end, label)] of BIO, BIOES or BIOUL tags. Ill-formed ones are read as in conlleval:
     a span starts at B, S, U and wherever nothing of its label is open."""
@@ -455,7 +429,6 @@ def spans_of(tags):
         is_open = prefix in "BI"
     return spans
 
-
 def tags_of(spans, length):
     """The BIOUL tags of a sentence: begin, inside, outside, unit (one word), last."""
     tags = ["O"] * length
@@ -464,12 +437,10 @@ def tags_of(spans, length):
         tags[start:end + 1] = [f"{prefix}-{label}" for prefix in prefixes]
     return tags
 
-
 def may_follow(left, right):
     """Whether one BIOUL tag may come after another: an open span goes on, and nothing else does."""
     is_open, goes_on = left[0] in "BI", right[0] in "IL"
     return is_open == goes_on and (not is_open or left[2:] == right[2:])
-
 
 def outermost(spans):
     """A non-overlapping subset: of spans that overlap, the longest."""
@@ -478,7 +449,6 @@ def outermost(spans):
         if all(span[1] < other[0] or other[1] < span[0] for other in kept):
             kept.append(span)
     return kept
-
 
 def read_vectors(path):
     """(words, (N, E) float32 array) of a GloVe or word2vec text file: a word, then its numbers."""
@@ -499,7 +469,6 @@ def read_vectors(path):
     expect(vectors, path, "a word and its numbers on every line", "none")
     return list(vectors), np.stack(list(vectors.values())).astype(np.float32)
 
-
 def read_text(path, longest=300):
     """One document of raw text from a file, or from standard input for `-`."""
     text = "\n".join(read_lines(path))
@@ -511,11 +480,9 @@ def read_text(path, longest=300):
     return Document(Path(path).stem, [words[i:i + longest] for words in sentences
                                       for i in range(0, len(words), longest)])
 
-
 def choose_tasks(names):
     """Fresh copies of the named tasks, without data, the simplest first."""
     return [replace(task) for task in TASKS if task.name in names]
-
 
 def builtin_split(split, task):
     """The built-in documents: dev and test are the same for all tasks, train is the task's own."""
@@ -525,11 +492,9 @@ def builtin_split(split, task):
                   "dev": (60, [1]), "test": (100, [2])}[split]
     return builtin_documents(size, np.random.default_rng(seed), f"{task.name}-{split}")
 
-
 def builtin_documents(n, rng, name="news"):
     """n invented news documents, annotated for all four tasks, from a numpy random generator."""
     return [builtin_document(f"{name}-{i}", rng) for i in range(n)]
-
 
 def builtin_document(key, rng):
     """Five sentences about three people, organisations and places each."""
@@ -554,7 +519,6 @@ def builtin_document(key, rng):
         named = add_sentence(document, template.split(), relations, cast, named, rng)
     document.annotations["clusters"] = [x["mentions"] for x in cast if len(x["mentions"]) > 1]
     return document
-
 
 def add_sentence(document, template, relations, cast, previous, rng):
     """Fills the template's slots and adds the sentence; returns the entities it names."""
@@ -581,7 +545,6 @@ def add_sentence(document, template, relations, cast, previous, rng):
     for name, rows in [("ner", ner), ("emd", emd), ("relations", related)]:
         document.annotations[name].append(rows)
     return named
-
 
 COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
 ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else spans, labels

@@ -42,7 +42,6 @@ from hmtl import HEADS, HIERARCHY, HMTL, Settings, Tagger, annotate
 from tasks import (InputError, Vocabulary, choose_tasks, expect, make_batch, outermost,
                    read_json, read_text, read_vectors, to_json)
 
-
 # ------------------------------------------------------------------------------- which task next
 
 def sampling_probabilities(schedule, n_batches):
@@ -50,12 +49,10 @@ def sampling_probabilities(schedule, n_batches):
     shares = np.array(n_batches) if schedule != "uniform" else np.ones(len(n_batches))
     return shares / shares.sum()
 
-
 def choose_task(sampling_prob, rng):
     """The index of the task to train next: one multinomial draw from a numpy generator."""
     draw = rng.multinomial(1, sampling_prob)                     # such as [0, 1, 0]
     return int(np.argmax(draw))
-
 
 def plan_epoch(schedule, n_batches, rng):
     """The index of the task of every step of an epoch: as many steps as there are batches in all.
@@ -70,20 +67,17 @@ def plan_epoch(schedule, n_batches, rng):
     sampling_prob = sampling_probabilities(schedule, n_batches)
     return [choose_task(sampling_prob, rng) for _ in range(sum(n_batches))]
 
-
 # --------------------------------------------------------------------------------- when to stop
 
 def best_epoch(scores):
     """The index of the best of a list of scores, the first of equals."""
     return scores.index(max(scores))
 
-
 def epochs_waited(scores):
     """Epochs since the best score. While a task's score is still 0 its patience is not used up."""
     if not any(scores):
         return 0
     return len(scores) - 1 - best_epoch(scores)
-
 
 # ------------------------------------------------------------------------------------ the trainer
 
@@ -189,14 +183,12 @@ class MultiTaskTrainer:
         waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks]
         return bool(self.history) and min(waited) >= self.settings.patience
 
-
 # ================================================================================================
 # Skip this on a first reading: the practical side.
 # ================================================================================================
 
 class Stopped(Exception):
     """Why a run stopped early, in one line."""
-
 
 def refuse_non_finite(trainer, task, loss, norm):
     """Stops the run before a step that would spoil the weights."""
@@ -206,12 +198,10 @@ def refuse_non_finite(trainer, task, loss, norm):
                       f"step {step}, in epoch {epoch}; checkpoint.pt is good and holds epoch "
                       f"{epoch - 1}")
 
-
 def set_anchor(trainer):
     """Remembers the shared parameters at the end of a task; there is none before the first."""
     if any(trainer.steps.values()):
         trainer.anchor = [parameter.detach().clone() for parameter in trainer.shared]
-
 
 def hold_to_anchor(trainer):
     """Adds the gradient of delta |shared - anchor|^2 (Hashimoto et al. 2017, section 3)."""
@@ -219,27 +209,22 @@ def hold_to_anchor(trainer):
         if parameter.grad is not None:
             parameter.grad += 2 * trainer.settings.successive_delta * (parameter.detach() - anchor)
 
-
 # Several processes (torchrun): all draw the same task, each takes its share; the first writes.
 def processes():
     """(the number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-
 def in_parallel(model):
     options = {"find_unused_parameters": True, "forward_sync_buffers": False}
     return DistributedDataParallel(model, **options) if dist.is_initialized() else model
 
-
 def own_share(documents):
     return documents[processes()[0]::processes()[1]]
-
 
 def weighted_share(documents):
     """This process's documents and their weight in the mean; without any, the first, with 0."""
     own = own_share(documents)
     return own or documents[:1], len(own) * processes()[1] / len(documents)
-
 
 def gathered(value):
     """The value of every process."""
@@ -248,17 +233,14 @@ def gathered(value):
         dist.all_gather_object(values, value)
     return values
 
-
 def add_up_processes(metric):
     sums, metric.sums = gathered(metric.sums), {}
     for counts in sums:
         metric.add(counts)
 
-
 def mean_losses(losses):
     means = gathered({name: float(torch.stack(values).mean()) for name, values in losses.items()})
     return {name: float(np.mean([row[name] for row in means])) for name in losses}
-
 
 # The files of a run. The checkpoint comes last: a run killed before it repeats the epoch.
 def start_run(trainer):
@@ -269,7 +251,6 @@ def start_run(trainer):
         if log.exists() and log.stat().st_size:
             raise InputError(f"{trainer.folder}: holds a run; --resume it, or name another folder")
         save_run(trainer)
-
 
 def save_run(trainer):
     scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
@@ -284,14 +265,12 @@ def save_run(trainer):
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
 
-
 def restore_run(trainer, checkpoint):
     trainer.model.load_state_dict(checkpoint["model"])
     for name in trainer.optimizers:
         trainer.optimizers[name].load_state_dict(checkpoint[f"optimizer {name}"])
         trainer.lr_schedulers[name].load_state_dict(checkpoint[f"lr_scheduler {name}"])
     trainer.steps, trainer.history = checkpoint["steps"], checkpoint["history"]
-
 
 def write_results(trainer):
     """Final scores, into results.json and returned: of each task's own best weights, as in the
@@ -314,7 +293,6 @@ def write_results(trainer):
     write(trainer.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
-
 def write(path, content):
     """Text, or tensors and plain values. The name always holds a whole file, the old or the new."""
     if processes()[0] > 0:
@@ -330,7 +308,6 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
         raise Stopped(f"{path}: {error!r:.200}; earlier files of the run are intact") from None
 
-
 @contextmanager
 def one_line(message):
     """InputError instead of the many kinds of errors that damaged or foreign files raise."""
@@ -340,7 +317,6 @@ def one_line(message):
         found = getattr(error, "strerror", None) or repr(error)
         raise InputError(f"{message}: {found[:200]}") from None
 
-
 def load(path, device="cpu"):
     """Tensors and plain values, no code. zipfile compares the checksums, which torch does not."""
     with one_line(f"{path}: expected a checkpoint of train.py"), zipfile.ZipFile(path) as file:
@@ -348,13 +324,11 @@ def load(path, device="cpu"):
             raise ValueError("checksum")
         return torch.load(path, map_location=device, weights_only=True)
 
-
 def new_folder(tasks):
     """runs/<tasks>, with a numeric suffix if that folder already exists."""
     name = Path("runs", "-".join(tasks))
     names = chain([name], (Path(f"{name}-{n}") for n in count(2)))
     return next(name for name in names if not name.exists())
-
 
 def lock(folder):
     """Refuses a second process in a folder while the result is kept; the system unlocks at exit."""
@@ -364,13 +338,11 @@ def lock(folder):
         connection.execute("BEGIN EXCLUSIVE")            # SQLite can lock on every system
     return connection
 
-
 # The screen.
 def show_progress(text):
     """A status line, overwritten by the next one; shown only on a terminal."""
     if sys.stderr.isatty() and processes()[0] == 0:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
 
 def print_epoch(trainer, seconds):
     show_progress("")
@@ -380,7 +352,6 @@ def print_epoch(trainer, seconds):
         star = "*" if any(scores) and epochs_waited(scores) == 0 else " "
         line += f"  {task.name} {scores[-1]:5.1f}{star}"
     print(line, flush=True)
-
 
 def print_start(trainer):
     """The settings, the sizes of the data and the model, what is not learned."""
@@ -408,7 +379,6 @@ def print_start(trainer):
     print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*sizes))
     print(f"run folder: {trainer.folder}\n\ndev scores, * where they are the best so far")
 
-
 def print_results(trainer, results):
     print("\nF1 on test in percent: of each task's own best weights, and of the one model with the "
           f"best mean on dev (epoch {results['one_model_epoch']})\n\n"
@@ -426,7 +396,6 @@ def print_results(trainer, results):
     for name, weights in results["mixtures"].items():
         print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
 
-
 def print_examples(trainer):
     """Two short dev documents of every task, as predicted; the key too if that is wrong."""
     trainer.model.eval()
@@ -440,7 +409,6 @@ def print_examples(trainer):
             versions = {"right": key} if found == key else {"wrong": found, "key": key}
             for mark, lines in versions.items():
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
-
 
 def annotated_lines(document, names):
     """The sentences with [bracketed LABEL] spans, #n for the clusters they are in; below each its
@@ -478,7 +446,6 @@ def annotated_lines(document, names):
         start += len(sentence)
     return lines
 
-
 # A model from settings.
 def build(settings, checkpoint=None):
     """(tasks with data, vocabulary, model); a checkpoint's data must still be the same."""
@@ -501,7 +468,6 @@ def build(settings, checkpoint=None):
     expect(same, "--resume", "the run's training data and vectors", "others")
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
 
-
 def data_folders(data, tasks):
     """{task name: folder} from --data DIR, or --data TASK=DIR ...; {} without data."""
     names, folders = [task.name for task in tasks], {}
@@ -513,7 +479,6 @@ def data_folders(data, tasks):
         expect(name in folders or not data, "--data", f"a folder for the task {name}", "none")
     return folders
 
-
 def device_of(name):
     """The device of that name, or a GPU where there is one; under torchrun a GPU per process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -521,7 +486,6 @@ def device_of(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with one_line(f"--device {name}"):
         return torch.zeros(0, device=name).device        # an error if there is no such device
-
 
 def predict(folder, path, as_json, device):
     """Prints the text or the .json or .jsonl documents at path, with all that best.pt finds."""
@@ -538,14 +502,12 @@ def predict(folder, path, as_json, device):
         found = annotate(model, document, make_batch([document], vocabulary).to(device))
         print(to_json(found) if as_json else "\n".join(annotated_lines(found, found.annotations)))
 
-
 # The command line.
 FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
 CHOICES = {"tasks": HIERARCHY, "schedule": ["proportional", "uniform", "successive"],
            "sharing": ["hierarchical", "flat", "inverted", "latent"]}
 LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "rare": (0, 1e9),
           "lr_patience": (0, 1e9), "successive_delta": (0, 1e9)}       # all others: above 0
-
 
 def check_settings(settings):
     """Refuses values that no model can be built from."""
@@ -564,15 +526,12 @@ def check_settings(settings):
             good, expected = low <= value <= high, f"a number from {low:g} to {high:g}"
         expect(good, FLAGS[f.name], expected, shown(value))
 
-
 def shown(value):
     return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
-
 
 def parse(arguments):
     """({setting: value} of those that are given, [--run, --resume, --predict, --json])."""
@@ -595,7 +554,6 @@ def parse(arguments):
         given["tasks"] = [task.name for task in choose_tasks(given["tasks"])]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
-
 def main(arguments=None):
     given, (folder, resume, text, as_json) = parse(arguments)
     expect(folder or not (resume or text), "--resume and --predict", "--run DIR", "none")
@@ -611,7 +569,6 @@ def main(arguments=None):
         expect(not (folder / "checkpoint.pt").exists(), folder, "no run, or --resume", "a run")
         run(Settings(**given), folder)
 
-
 def resumed_settings(given, checkpoint, folder):
     """The run's own, but for those that may change."""
     with one_line(f"{folder}: expected a checkpoint of train.py"):
@@ -620,7 +577,6 @@ def resumed_settings(given, checkpoint, folder):
         expect(value == stored[name] or name in ("epochs", "patience", "device"), FLAGS[name],
                f"{shown(stored[name])}, as in the run", shown(value))
     return Settings(**stored | given)
-
 
 def run(settings, folder, checkpoint=None):
     """Trains, or trains on, and prints the results."""
@@ -651,7 +607,6 @@ def run(settings, folder, checkpoint=None):
         dist.barrier()               # a process that leaves before the others may abort, in gloo
         dist.destroy_process_group()
 
-
 def command_line():
     """`main`, with one line for what a user can mend."""
     sys.stdout.reconfigure(errors="replace")                   # screens that lack a character
@@ -661,7 +616,6 @@ def command_line():
         show_progress("")
         print(f"train.py: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     command_line()
