@@ -6,6 +6,8 @@
 
 import contextlib
 import copy
+import gc
+import gzip
 import io
 import itertools
 import json
@@ -14,10 +16,13 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import unittest
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,12 +33,13 @@ from torch import nn
 
 import train
 from hmtl import (CRF, HIERARCHY, HMTL, Encoder, RelationHead, Settings, Tagger, annotate,
-                  clusters_of, dropout, gold_clusters, layout, run_in_groups, with_spans,
-                  with_types)
+                  clusters_of, dropout, gold_clusters, layout, predict_sentences, run_in_groups,
+                  with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed,
-                   best_matching_sum, builtin_documents, ceaf_e, choose_tasks, count_rows,
-                   cut_documents, make_batch, muc, outermost, plan_batches, read_columns,
-                   read_json, read_text, read_vectors, spans_of, tags_of, to_json)
+                   best_matching_sum, builtin_documents, ceaf_e, choose_tasks, confusions,
+                   count_rows, cut_documents, cut_sentences, label_scores, make_batch, muc,
+                   outermost, plan_batches, read_columns, read_json, read_text, read_vectors,
+                   spans_of, tags_of, to_json)
 
 HERE = Path(__file__).parent
 ALL = ("ner", "emd", "rel", "coref")
@@ -98,16 +104,14 @@ class EncoderTest(unittest.TestCase):
 
     def test_equals_packed_bidirectional_lstm(self):
         torch.manual_seed(0)
-        encoder, lengths = Encoder(5, "1x4", dropout=0.0), [7, 1, 4]
-        plain = nn.LSTM(5, 4, batch_first=True, bidirectional=True)
-        for ours in [name for name, _ in encoder.layers[0].named_parameters()]:
-            weight = getattr(encoder.layers[0], ours)
-            if "ih" in ours:
-                getattr(plain, ours).data = weight.data[:, :-1].clone()
-                getattr(plain, ours.replace("weight", "bias")).data = weight.data[:, -1].clone()
-                getattr(plain, ours.replace("weight_ih", "bias_hh")).data.zero_()
-            else:
-                getattr(plain, ours).data = weight.data.clone()
+        encoder, lengths = Encoder(5, "2x4", dropout=0.0), [7, 1, 4]
+        plain = nn.LSTM(5, 4, 2, batch_first=True, bidirectional=True)
+        for lstms, end in [(encoder.forwards, ""), (encoder.backwards, "_reverse")]:
+            for (layer, lstm), name in itertools.product(
+                    enumerate(lstms), ("weight_ih", "weight_hh", "bias_ih", "bias_hh")):
+                theirs = getattr(plain, f"{name}_l{layer}{end}").data
+                ours = getattr(lstm, f"{name}_l0").data
+                (theirs if "weight" in name else ours).copy_(ours if "weight" in name else theirs)
         x = torch.randn(3, 7, 5)
         mask = torch.arange(7) < torch.tensor(lengths)[:, None]
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True,
@@ -116,6 +120,25 @@ class EncoderTest(unittest.TestCase):
         found = encoder(x * mask[:, :, None], mask)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
         self.assertEqual(found[~mask].abs().sum().item(), 0.0)
+
+    def test_a_long_sentence_does_no_harm_to_the_gradient_of_a_short_one(self):
+        """Weights that let gradients grow: nothing may run through 295 tokens of padding."""
+        torch.manual_seed(0)
+        encoder = Encoder(5, "1x8", dropout=0.0)
+        mask = torch.arange(300) < torch.tensor([[5], [300]])
+        for lstm in [*encoder.forwards, *encoder.backwards]:
+            for of_state in lstm.weight_hh_l0.data.chunk(4):
+                nn.init.orthogonal_(of_state, 4.0)
+        x, weights = torch.randn(2, 300, 5) * mask[:, :, None], torch.randn(2, 300, 16)
+
+        def gradient(rows, n, dtype):
+            encoder.to(dtype).zero_grad()
+            output = encoder(x[rows, :n].to(dtype), mask[rows, :n])
+            (output * weights[rows, :n].to(dtype)).sum().backward()
+            return torch.cat([p.grad.flatten() for p in encoder.parameters()])
+        self.assertTrue(gradient(slice(2), 300, torch.float32).isfinite().all())
+        alone = [gradient([i], n, torch.float64) for i, n in enumerate((5, 300))]
+        torch.testing.assert_close(gradient(slice(2), 300, torch.float64), sum(alone))
 
     def test_groups_of_like_length_equal_one_batch(self):
         torch.manual_seed(0)
@@ -136,9 +159,10 @@ class EncoderTest(unittest.TestCase):
 
     def test_only_the_forget_gate_starts_open(self):
         encoder = Encoder(5, "2x4", dropout=0.0)
-        biases = [weight[:, -1].tolist() for name, weight in encoder.layers.named_parameters()
-                  if "weight_ih" in name]                # of the gates input, forget, cell, output
-        self.assertEqual(biases, [[0.0] * 4 + [1.0] * 4 + [0.0] * 8] * 4)
+        lstms = [*encoder.forwards, *encoder.backwards]
+        self.assertEqual([lstm.bias_ih_l0.tolist() for lstm in lstms],     # gates: input, forget,
+                         [[0.0] * 4 + [1.0] * 4 + [0.0] * 8] * 4)          # cell, output
+        self.assertEqual([lstm.bias_hh_l0.tolist() for lstm in lstms], [[0.0] * 16] * 4)
 
 
 class DropoutTest(unittest.TestCase):
@@ -160,7 +184,7 @@ class DropoutTest(unittest.TestCase):
         torch.manual_seed(0)
         mask = torch.arange(40) < torch.tensor([[40], [25]])
         encoder, seen = Encoder(5, "2x50", dropout=0.5), []
-        encoder.layers[1].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+        encoder.forwards[1].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
         seen.append(encoder(torch.randn(2, 40, 5) * mask[:, :, None], mask))
         _, vocabulary, model = tiny_model(("ner",), replace(TINY, dropout=0.5))
         words = vocabulary.words[2:82]
@@ -499,8 +523,13 @@ class ModelTest(unittest.TestCase):
         self.assertEqual([layout("hierarchical", s)[0]["rel"] for s in
                           (ALL, ("ner", "rel"), ("rel", "coref"))], [["emd"], ["ner"], []])
         encoders = tiny_model(n=2)[2].encoders.values()
-        self.assertEqual([f"{len(e.layers)}x{e.width // 2}" for e in encoders],
-                         [getattr(TINY, f"{name}_encoder") for name in ALL])
+        for lstms in ("forwards", "backwards"):
+            self.assertEqual([f"{len(getattr(e, lstms))}x{e.width // 2}" for e in encoders],
+                             [getattr(TINY, f"{name}_encoder") for name in ALL])
+        settings = Settings(encoder="3x4", emd_encoder="1x5")      # the others take `encoder`
+        encoders = tiny_model(settings=settings, n=2)[2].encoders.values()
+        self.assertEqual([(len(e.forwards), e.width // 2) for e in encoders],
+                         [(3, 4), (1, 5), (3, 4), (3, 4)])
         for size in range(1, 5):
             for names in itertools.combinations(ALL, size):
                 tasks, vocabulary, model = tiny_model(names, n=4)
@@ -512,7 +541,7 @@ class ModelTest(unittest.TestCase):
                     model.eval()(task.name, make_batch(task.data["dev"][:1], vocabulary))
                     self.assertIn(task.validation_metric_name, model.get_metrics(task.name))
                 document = Document("d", [["Ada", "Kell"], [], ["left", "."]])
-                found = annotate(model, document, make_batch([document], vocabulary))
+                found, = annotate(model, [document], vocabulary)
                 self.assertEqual({*found.annotations}, {task.annotation for task in tasks})
                 self.assertEqual(json.loads(to_json(found))["sentences"], document.sentences)
 
@@ -568,14 +597,19 @@ class ModelTest(unittest.TestCase):
         torch.testing.assert_close(mixed, expected)
 
     def test_prediction_runs_every_encoder_once(self):
+        """To annotate, once for sentences and once for a document, which coreference reads."""
         _, vocabulary, model = tiny_model()
         calls = []
         for name, encoder in model.encoders.items():
             encoder.register_forward_hook(
                 lambda *inputs, name=name: calls.append((name, inputs[-1].requires_grad)))
         document = builtin_documents(1, np.random.default_rng(5))[0]
-        annotate(model.eval(), document, make_batch([document], vocabulary))
+        model.eval().predict(make_batch([document], vocabulary))
         self.assertEqual(sorted(calls), [(name, False) for name in sorted(ALL)])   # no gradient
+        calls.clear()
+        list(annotate(model, [document], vocabulary))
+        self.assertEqual(calls, [(name, False) for name in ("ner", "emd", "rel",
+                                                            "ner", "emd", "coref")])
 
     def test_annotations_have_document_offsets(self):
         tasks, vocabulary, model = tiny_model(("ner", "rel"))
@@ -583,15 +617,36 @@ class ModelTest(unittest.TestCase):
         model.heads["ner"].decode = lambda *_: [[(1, 1, "PER")], [(0, 0, "PER"), (1, 1, "ORG")]]
         model.heads["rel"].decode = lambda *_: [[], [(0, 1, "A"), (1, 5, "A")]]
         document = Document("d", words)
-        found = annotate(model.eval(), document, make_batch([document], vocabulary))
+        found, = annotate(model.eval(), [document], vocabulary)
         self.assertEqual(found.annotations, {
             "ner": [[(1, 1, "PER")], [], [(2, 2, "PER"), (3, 3, "ORG")]],
             "relations": [[], [], [(2, 2, 3, 3, "A")]]})
         tasks, vocabulary, model = tiny_model(("rel",))           # an argument is its last token
         model.heads["rel"].decode = lambda *_: [[(1, 0, "A")], [(0, 1, "A")]]
-        found = annotate(model.eval(), document, make_batch([document], vocabulary))
+        found, = annotate(model.eval(), [document], vocabulary)
         self.assertEqual(found.annotations,
                          {"relations": [[(1, 1, 0, 0, "A")], [], [(2, 2, 3, 3, "A")]]})
+
+    def test_annotated_alone_equals_annotated_together(self):
+        _, vocabulary, model = tiny_model()
+        nn.init.zeros_(model.eval().heads["rel"].label.bias)        # so that there are relations
+        nn.init.constant_(model.heads["coref"].pair.upper[-1].bias, 0.6)           # and clusters
+        whole = builtin_documents(4, np.random.default_rng(6))
+        for documents in (cut_documents(whole, 1), [
+                *whole, Document("empty", [[], []]), Document("e", [[], ["Ada"], [], ["left"]])]):
+            together = list(annotate(model, documents, vocabulary))
+            alone = [next(annotate(model, [document], vocabulary)) for document in documents]
+            self.assertEqual(together, alone)
+            for task in model.tasks.values():
+                rows = [d.annotations[task.annotation] for d in together]
+                self.assertTrue(any(map(any, rows)), task.name)
+                if not task.whole_documents:
+                    self.assertEqual(list(map(len, rows)), [len(d.sentences) for d in documents])
+        sentences = [words for d in whole for words in d.sentences]
+        expected = list(predict_sentences(model, sentences, vocabulary))
+        for window, size in [(7, 3), (1, 1), (20, 32)]:
+            found = list(predict_sentences(model, sentences, vocabulary, window=window, size=size))
+            self.assertEqual(found, expected)
 
     def test_metrics_are_kept_by_the_model(self):
         tasks, vocabulary, model = tiny_model()
@@ -616,7 +671,7 @@ class ModelTest(unittest.TestCase):
         documents = [Document("d", [["often", "once", "Once"]]), Document("e", [["Often"]])]
         vocabulary = Vocabulary.from_documents(documents + documents, ["often", "vector"])
         self.assertEqual(vocabulary.words, ["", "<unknown>", "often", "once", "vector"])
-        vectors = (["often", "vector"], np.array([[1, 2], [3, 4]], dtype=np.float32))
+        vectors = ["often", "vector"], torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         batch = make_batch([Document("d", [["Often", "once", "new"]])], vocabulary)
         for rare, is_unknown in [(1, [False, True, True]), (2, [True, True, True])]:
             settings = replace(TINY, rare=rare, unknown=1.0, word_dim=2)
@@ -699,6 +754,29 @@ class ScoreTest(unittest.TestCase):
         coref.add({name: count(["ab", "cd", "fghi"], ["abc", "defg"])
                    for name, count in COREF_SCORES.items()})
         self.assertAlmostEqual(coref.compute()["mean"], 100 * (0.4 + 5 / 11 + 0.52) / 3)
+
+    def test_confusions_and_scores_of_labels(self):
+        gold = [(0, 1, "A"), (0, 1, "B"), (3, 3, "A"), (4, 4, "A")]
+        found = [(0, 1, "C"), (0, 1, "B"), (4, 4, "A"), (5, 6, "B"), (5, 6, "A")]
+        pairs = confusions(found, gold)
+        self.assertEqual(pairs, {("B", "B"): 1, ("A", "C"): 1, ("A", None): 1, ("A", "A"): 1,
+                                 (None, "A"): 1, (None, "B"): 1})
+        rows = label_scores(pairs)
+        self.assertEqual([(label, row["gold"], row["predicted"], row["f1-precision"])
+                          for label, row in rows.items()],
+                         [("A", 3, 2, 50.0), ("B", 1, 2, 50.0), ("C", 0, 1, 0.0)])
+        self.assertAlmostEqual(rows["A"]["f1-recall"], 100 / 3)
+        self.assertAlmostEqual(rows["A"]["f1"], 40.0)
+        self.assertEqual(label_scores(confusions([], [])), {})
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            gold, found = ([(*sorted(row[:2]), "ABC"[row[2]]) for row in rng.integers(
+                3, size=(rng.integers(9), 3)).tolist()] for _ in range(2))
+            pairs = confusions(found, gold)
+            rows = label_scores(pairs)
+            sums = [sum(row[side] for row in rows.values()) for side in ("predicted", "gold")]
+            hits = sum(n for (right, label), n in pairs.items() if right == label)
+            self.assertEqual((hits, sums[0], hits, sums[1]), count_rows(found, gold))
 
     def test_spans_as_conlleval_reads_them(self):
         for tags, spans in [("B-X I-X O B-X", [(0, 1, "X"), (3, 3, "X")]),
@@ -791,7 +869,9 @@ class TrainingTest(unittest.TestCase):
             real = trainer.evaluate          # above 0, so that the learning rates fall
             trainer.evaluate = lambda *task: {k: v + 1 for k, v in real(*task).items()}
             if i:
-                train.restore_run(trainer, train.load(trainer.folder / "checkpoint.pt"))
+                checkpoint = train.load(trainer.folder / "checkpoint.pt")
+                model.load_state_dict(checkpoint["model"])
+                train.restore_run(trainer, checkpoint)
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.train(n)
         train.write_results(trainer)
@@ -808,9 +888,11 @@ class TrainingTest(unittest.TestCase):
                 for name in ("log.jsonl", "results.json"):
                     self.assertEqual((folder / name).read_bytes(), (folders[0] / name).read_bytes())
                 for name in ("best.pt", "best-rel.pt"):
-                    for a, b in zip(train.load(folder / name).values(),
-                                    train.load(folders[0] / name).values()):
-                        self.assertTrue(torch.equal(a, b))
+                    a, b = train.load(folder / name), train.load(folders[0] / name)
+                    self.assertEqual(set(a), {"settings", "vocabulary", "labels", "model"})
+                    for x, y in zip(a.pop("model").values(), b.pop("model").values()):
+                        self.assertTrue(torch.equal(x, y))
+                    self.assertEqual(a, b)
             self.assertEqual(len((folders[0] / "log.jsonl").read_text().splitlines()), 4)
 
     def test_two_processes_equal_one(self):
@@ -876,8 +958,14 @@ class TrainingTest(unittest.TestCase):
             trainer.train_step(trainer.tasks[0])
             gradients.append(trainer.model.heads["ner"].emit.weight.grad.clone())
         torch.testing.assert_close(*gradients)
-        trainer.evaluate(trainer.tasks[0], "dev")
-        self.assertEqual(trainer.model.get_metrics("ner"), {})    # the next starts from nothing
+        for split in ("dev", "test", "dev"):                      # each starts from nothing
+            scores = trainer.evaluate(trainer.tasks[0], split)
+            metric = trainer.model.metrics["ner"]
+            self.assertEqual(metric.compute(), scores)
+            self.assertEqual(metric.sums["f1"][3], sum(
+                len(d.annotations["ner"][0]) for d in trainer.tasks[0].data[split]))
+            self.assertEqual(metric.sums["f1"][3], sum(
+                n for (gold, _), n in metric.confusions.items() if gold))
         trainer.train_step = lambda task: torch.tensor(2.0)
         self.assertEqual(trainer.train_epoch(0), {"ner": 2.0})    # the mean loss, not the sum
 
@@ -985,13 +1073,14 @@ class TrainingTest(unittest.TestCase):
                 trainer.train(n)
                 weights.append(copy.deepcopy(model.state_dict()))
             for name in ("best-ner.pt", "best.pt"):
-                found = train.load(Path(folder) / name)
+                found = train.load(Path(folder) / name)["model"]
                 self.assertTrue(all(torch.equal(found[k], weights[1][k]) for k in found))
             self.assertEqual(train.epochs_waited(trainer.dev_scores(tasks[0])), 3)
-        self.assertEqual(re.findall(r"ner +\d+\.0(.)", screen.getvalue()), [*"**   "])
+        self.assertEqual(re.findall(r"ner +\d+\.0(.?)", screen.getvalue()), ["*", "*", "", "", ""])
 
     def test_training_ends_when_every_task_has_waited(self):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        screen = io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(screen):
             tasks, vocabulary, model = tiny_model(("ner", "emd"))
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, replace(TINY, patience=2),
                                              folder)
@@ -1000,6 +1089,8 @@ class TrainingTest(unittest.TestCase):
                 "f1": float(scores[task.name][len(trainer.history)])}
             trainer.train(50)
             self.assertEqual(len(trainer.history), 6)             # emd is best in epoch 4
+        cells = re.findall(r"emd +(\S+(?: \S+)?)", screen.getvalue())
+        self.assertEqual(cells, ["none yet", "none yet", "1.0*", "2.0*", "1.0", "1.0"])
 
     def test_odd_documents_train_and_score(self):
         def document(sentences, label="A"):
@@ -1040,6 +1131,7 @@ class TrainingTest(unittest.TestCase):
             checkpoint = train.load(Path(folder) / "checkpoint.pt")
             self.assertEqual(len(checkpoint["history"]), 1)
             self.assertTrue(all(value.isfinite().all() for value in checkpoint["model"].values()))
+            model.load_state_dict(checkpoint["model"])
             train.restore_run(trainer, checkpoint)
             model.heads["ner"].emit.bias.register_hook(lambda gradient: gradient * math.inf)
             with self.assertRaisesRegex(train.Stopped, message):
@@ -1217,13 +1309,51 @@ class InputTest(unittest.TestCase):
             "She does n't".split(), "The end".split()])
         self.path.write_text("He got $1.5m, 10%, 1,000 or a 2nd.")
         self.assertEqual(read_text(self.path).sentences,
-                         ["He got $ 1.5m , 10% , 1,000 or a 2nd .".split()])
+                         ["He got $1.5m , 10% , 1,000 or a 2nd .".split()])
         self.path.write_text("word " * 700)
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            self.assertEqual(list(map(len, read_text(self.path).sentences)), [300, 300, 100])
-        self.assertIn("cut: text without an end of sentence for 300 words", said.getvalue())
+            document = cut_sentences(read_text(self.path), "here")
+        for rows in (document.sentences, document.annotations["offsets"]):
+            self.assertEqual(list(map(len, rows)), [300, 300, 100])
+        self.assertEqual(said.getvalue(), "here: cut: a sentence of more than 300 words\n")
         self.path.write_text(" \n")
         self.refused("some text", read_text, self.path)
+
+    def sentences(self, text):
+        """The sentences of raw text, which are the same if lines end as on Windows."""
+        versions = []
+        for version in (text, text.replace("\n", "\r\n")):
+            self.path.write_bytes(version.encode())
+            document = read_text(self.path)
+            self.assertEqual([[version[a:b] for a, b in offsets]
+                              for offsets in document.annotations["offsets"]], document.sentences)
+            versions.append(document.sentences)
+        self.assertEqual(*versions)
+        return versions[0]
+
+    def test_where_sentences_end(self):
+        paragraph = "the firm of Ada Kell and Bo Zor in New Warwick, and also " * 4
+        for text in ["It fell on Jan. 14, 2016.|He left St. Louis.|John F. Kennedy met Ana P. Ruiz",
+                     "It began at 5 p.m. on Monday.|It ended at 6 p.m.|The firm left at 7 p.m. Bo",
+                     "The small, i.e. Nordex, fell.|U.S. President Bo met Acme Co. Chairman Zor",
+                     "He met Nordex Inc.|The firm is No. 5 of 9.|Is it?|No.|Ten left Acme Inc. Bo",
+                     "Well... yes.|Well... Ada left.|He left ...|The firm stayed!|5 left.|Bo?!|Ada",
+                     'He said: "I left."|"No!"|Bo said.|(It is so.)|“The firm left.”|She left.',
+                     "Nordex\nbuys\na plant.", "Nordex buys a plant|\nAda left", "Ada|\n \nleft",
+                     "Nordex buys a plant|\n\"Ada left,\" Bo said\nand left.|\nHe left.",
+                     *(textwrap.fill(paragraph, width) for width in range(60, 100, 5))]:
+            self.assertEqual(["".join(words) for words in self.sentences(text.replace("|", " "))],
+                             ["".join(part.split()) for part in text.split("|")])
+
+    def test_words_of_raw_text(self):
+        # | stands between words that no space parts.
+        for text in ["O'Brien and d'Aubert|, a 56-year-old|, met O’Brien-Zor on 3/4/2020 at 5:30|.",
+                     "It paid $1.5bn or €2m|, 10%|, to Kell & Zor|, AT&T -- the 1990s|... (|2nd|)",
+                     "See https://a.org/b?c=d_e/f and www.b.com/x|, or ada.kell@mail.b-c.org|.",
+                     "She|'s here|, they do|n't|, we|'ll|, he ca|n’t|, I|'m|, Ada|’s|, I|'ve",
+                     "we|'re told|, he|'d go|--|or not|, by Acme Co. on Jan. 4|, i.e. at 5 p.m."]:
+            self.assertEqual([*itertools.chain(*self.sentences(text.replace("|", "")))],
+                             text.replace("|", " ").split())
 
     def test_mutated_files_are_read_rightly_or_refused(self):
         fuzz(150, Path(self.folder.name))
@@ -1290,11 +1420,16 @@ class InputTest(unittest.TestCase):
         tasks, vocabulary, model = train.build(settings)
         self.assertEqual(vocabulary.words, ["", "<unknown>", "a", "train"])
         self.assertEqual(model.heads["ner"].labels, ["A", "Ltrain"])
-        same = {"labels": {"ner": ["A", "Ltrain"]}, "vocabulary": vocabulary.state()}
-        train.build(settings, same)
-        for other in ({"labels": {"ner": ["X"]}}, {"vocabulary": {**same["vocabulary"],
-                                                                  "words": ["", "b"]}}):
-            self.refused("--resume: expected the run's", train.build, settings, same | other)
+        same = {"labels": {"ner": ["A", "Ltrain"]}, "vocabulary": vocabulary.state(),
+                "settings": asdict(settings), "model": model.state_dict()}
+        _, again, rebuilt = train.build(settings, same, self.path.parent)
+        self.assertEqual(vars(again), vars(vocabulary))
+        self.assertTrue(all(map(torch.equal, rebuilt.state_dict().values(),
+                                model.state_dict().values())))
+        for other in ({"labels": {"ner": ["X"]}}, {"vocabulary": {
+                **same["vocabulary"], "words": ["", "b"], "counts": [1, 1]}}):
+            self.refused("expected checkpoints of train.py", train.build, settings, same | other,
+                         self.path.parent)
 
     def test_labels_unknown_to_training_are_misses(self):
         tasks, vocabulary, model = tiny_model(("ner", "rel"))
@@ -1359,16 +1494,43 @@ class ScreenTest(unittest.TestCase):
         self.assertEqual(train.annotated_lines(document, ["ner"]),
                          ["[Ada Kell PER] likes the firm", "", "[She left X] it"])
 
+    def test_no_character_steers_the_screen(self):
+        odd = "".join(map(chr, [*range(1, 32), *range(127, 160), 0x200e, 0x2028, 0x202e, 0x2066]))
+        document = Document("d", [[f"a{odd}", "b", "é"]], {
+            "ner": [[(0, 0, f"X{odd}"), (0, 1, "Y"), (1, 2, f"Z{odd}")]],
+            "relations": [[(0, 0, 1, 1, f"R{odd}")]]})
+        lines = train.annotated_lines(document, document.annotations)
+        self.assertEqual(len(lines), 3)
+        pairs = confusions(document.annotations["ner"][0], [(0, 0, f"Y{odd}")])
+        lines += self.printed(train.print_labels, {"f1": 1.0}, pairs).split("\n")
+        self.assertFalse({*odd} & {*"".join(lines)})
+        self.assertIn(r"a\x01\x02", lines[0])
+        self.assertIn("é", lines[0])
+
     def test_examples_show_the_key_if_they_are_wrong(self):
         trainer = tiny_trainer(("ner",))
         head = trainer.model.heads["ner"]
-        head.decode = lambda x, embedded, batch: head.gold(batch)
+        gold = {tuple(d.sentences[0]): d.annotations["ner"][0]
+                for d in trainer.tasks[0].data["dev"]}
+        head.decode = lambda x, embedded, batch: [gold[tuple(d.sentences[0])]
+                                                  for d in batch.documents]
         marks = [re.findall(r"^ +(right|wrong|key) ", self.printed(train.print_examples, trainer),
                             re.M)]
         head.decode = lambda *_: [[]]
         marks.append(re.findall(r"^ +(right|wrong|key) ",
                                 self.printed(train.print_examples, trainer), re.M))
         self.assertEqual(marks, [["right"] * 2, ["wrong", "key"] * 2])
+
+    def test_when_more_epochs_may_help(self):
+        trainer = tiny_trainer(("ner",))
+        trainer.history = [{}] * 2
+        row = dict(own_best={"test": {}, "dev": {}}, one_model={"test": {}}, last_dev=1.0, steps=6,
+                   passes=2.0)
+        for best, score, more in [(2, 1.0, True), (1, 1.0, False), (1, 0.0, True)]:
+            results = {"tasks": {"ner": row | {"best_epoch": best, "best_dev": score}},
+                       "mixtures": {}, "one_model_epoch": 1}
+            screen = self.printed(train.print_results, trainer, results)
+            self.assertEqual(": --epochs 4 may help;" in screen, more)
 
     def test_what_is_not_learned(self):
         trainer = tiny_trainer(("ner", "coref"))
@@ -1385,7 +1547,8 @@ class ScreenTest(unittest.TestCase):
 
 # ----------------------------------------------------------------------------- the command line
 
-class CommandLineTest(unittest.TestCase):
+class FolderTest(unittest.TestCase):
+    """Tests that run train.py in a folder of their own."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -1410,9 +1573,197 @@ class CommandLineTest(unittest.TestCase):
         with self.assertRaisesRegex(InputError, pattern, msg=line) as caught:
             self.output(line)
         self.assertNotIn("\n", str(caught.exception))
+        gc.collect()                         # the lock of the run, which is held until then
 
+
+class RunTest(FolderTest):
+    """What is done with a run, of two tasks with word vectors, after its training."""
+    TRAIN = ("--tasks ner rel --data news --vectors vectors.txt --encoder 1x12 --char-filters 8 "
+             "--relation-units 8 --lr 0.02 --dropout 0.1 --batch-size 4 --device cpu")
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.addClassCleanup(os.chdir, os.getcwd())
+        cls.made = Path(folder.name)
+        os.chdir(cls.made)
+        Path("news").mkdir()
+        for i, split in enumerate(("train", "dev", "test")):
+            documents = builtin_documents(12, np.random.default_rng(i))
+            Path(f"news/{split}.jsonl").write_text("\n".join(map(to_json, documents)))
+        rows = np.random.default_rng(0).normal(size=(4, 8)).round(3).tolist()
+        words = ["The", "met", "zebra", "in"]                     # the third is only in this file
+        Path("vectors.txt").write_text("".join(
+            " ".join([word, *map(str, row)]) + "\n" for word, row in zip(words, rows)))
+        cls.vectors = dict(zip(words, rows))
+        quietly(train.main, shlex.split(f"{cls.TRAIN} --run r --epochs 2"))
+
+    def setUp(self):
+        super().setUp()
+        shutil.copytree(self.made, ".", dirs_exist_ok=True)
+
+    def untrained(self, folder, *names):
+        """A run of the named tasks, to predict with."""
+        settings = replace(TINY, tasks=names)
+        tasks, vocabulary, model = tiny_model(names, settings)
+        Path(folder).mkdir()
+        train.write(Path(folder, "best.pt"), {
+            "settings": asdict(settings), "vocabulary": vocabulary.state(),
+            "labels": {task.name: task.labels() for task in tasks}, "model": model.state_dict()})
+
+    def test_results_hold_labels_and_confusions(self):
+        row = json.loads(Path("r/results.json").read_text())["tasks"]["ner"]
+        errors, labels, score = row["confusions"], row["labels"], row["own_best"]["test"]
+        predicted, gold = (sum(x[side] for x in labels.values()) for side in ("predicted", "gold"))
+        hits = {label: round(x["f1-recall"] * x["gold"] / 100) for label, x in labels.items()}
+        self.assertGreater(sum(hits.values()), 0)
+        self.assertAlmostEqual(score["f1-precision"], 100 * sum(hits.values()) / predicted)
+        self.assertAlmostEqual(score["f1-recall"], 100 * sum(hits.values()) / gold)
+        for side, total in enumerate(("gold", "predicted")):
+            for label, x in labels.items():
+                wrong = sum(row[2] for row in errors if row[side] == label)
+                self.assertEqual(hits[label] + wrong, x[total])
+
+    def test_evaluate(self):
+        results = json.loads(Path("r/results.json").read_text())["tasks"]
+        expected = [(name, f"{value:.2f}") for row in results.values()
+                    for name, value in row["one_model"]["test"].items()
+                    if not name.endswith(("precision", "recall"))]
+        self.assertEqual(expected[0][0], "f1")
+        for path in ("news", "news/test.jsonl"):
+            screen = self.output(f"--run r --evaluate {path}")
+            self.assertEqual(re.findall(r"^  (\S+) +(\d+\.\d\d)$", screen, re.M), expected)
+        Path("x.jsonl").write_text('{"sentences": [["Ada"]], "clusters": []}')
+        status, out, err = self.call("--run r --evaluate x.jsonl")
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+        self.assertIn("the key of a task of the run", err)
+
+    def test_columns(self):
+        documents = cut_documents(read_json("news/test.jsonl"), 1)
+        found = [d.annotations["ner"] for d in annotate(*self.model(documents))]
+        self.assertTrue(any(map(any, found)))
+        columns = self.output("--run r --predict news/test.jsonl --columns")
+        without = re.sub(r" \S+$", "", columns, flags=re.M)
+        for text, spans in [(columns, found), (without, [d.annotations["ner"] for d in documents])]:
+            Path("x.conll").write_text(text)
+            read = read_columns("x.conll", "ner")
+            self.assertEqual([d.annotations["ner"] for d in read], spans)
+            self.assertEqual([d.sentences for d in read], [d.sentences for d in documents])
+        self.assertEqual(self.output("--run r --predict x.conll --columns"), columns)
+        self.assertFalse({*re.findall(r" ([A-Z])", columns)} - {*"BIO"})
+        Path("x.txt").write_text("Ada left.")
+        lines = self.output("--run r --predict x.txt --columns").splitlines()
+        self.assertEqual([len(line.split()) for line in lines], [2, 2, 2, 0])
+        self.untrained("two", "ner", "emd")
+        self.refused("--run two --predict x.txt --columns", "one tagger")
+        self.untrained("emd", "emd")                              # columns are its tags too
+        lines = self.output("--run emd --predict x.conll --columns").splitlines()
+        self.assertEqual({len(line.split()) for line in lines}, {3, 0})
+
+    def test_columns_keep_the_label(self):
+        spans = [(0, 1, "EU-L-X"), (2, 2, "EU-L-X")]
+        document = Document("d", [["a", "b", "c", "d"]], {"ner": [spans]})
+        self.assertEqual(train.column_lines(document, document, "ner"), [
+            "a B-EU-L-X B-EU-L-X", "b I-EU-L-X I-EU-L-X", "c B-EU-L-X B-EU-L-X", "d O O", ""])
+
+    def model(self, documents):
+        model, vocabulary = train.load_run("r")
+        return model, documents, vocabulary
+
+    def test_words_that_only_the_vector_file_has(self):
+        Path("vectors.txt.gz").write_bytes(gzip.compress(Path("vectors.txt").read_bytes()))
+        (words, plain), (again, packed) = map(read_vectors, ("vectors.txt", "vectors.txt.gz"))
+        self.assertEqual((words, plain.tolist()), (again, packed.tolist()))
+        for name, there in [("checkpoint.pt", False), ("best.pt", False), ("vectors.pt", True)]:
+            self.assertEqual(b"zebra" in Path("r", name).read_bytes(), there, name)
+        self.output(f"{self.TRAIN} --run s --epochs 3")           # without interruption
+        for path in Path().glob("vectors.txt*"):
+            path.unlink()
+        model, documents, vocabulary = self.model([Document("d", [["Zebra", "left"]])])
+        batch = make_batch(documents, vocabulary)
+        words, outputs = model.encode(batch, ["ner"])
+        torch.testing.assert_close(words[0, 0, :8], torch.tensor(self.vectors["zebra"]))
+        del vocabulary.word_ids["zebra"]
+        words, others = model.encode(make_batch(documents, vocabulary), ["ner"])
+        self.assertGreater((outputs["ner"] - others["ner"])[0, 0].abs().max().item(), 1e-3)
+        self.output("--run r --resume --epochs 3")
+        one, other = (train.load(Path(folder, "checkpoint.pt")) for folder in "rs")
+        self.assertEqual([row["loss"] for row in one["history"]],
+                         [row["loss"] for row in other["history"]])
+        for x, y in zip(one["model"].values(), other["model"].values()):
+            self.assertTrue(torch.equal(x, y))
+
+    def test_what_no_run_goes_on_from(self):
+        path, line = Path("r/checkpoint.pt"), "--run r --resume --epochs 3"
+        state = train.load(path)
+        adam = copy.deepcopy(state["optimizer rel"])
+        number, moments = next(iter(adam["state"].items()))
+        for key, value in [("exp_avg", torch.zeros(3)), ("step", torch.zeros(2)),
+                           ("exp_avg_sq", moments["exp_avg_sq"][:1])]:
+            adam["state"][number] = moments | {key: value}
+            train.write(path, state | {"optimizer rel": adam})
+            self.refused(line, "optimizer rel: expected a state of")
+        for history in (None, [3], [{}], [{"dev": {"ner": {"f1": 1.0}}}],
+                        [{"dev": {"ner": {"f1": "x"}, "rel": {"last-token": 1.0}}}]):
+            train.write(path, state | {"history": history})
+            self.refused(line, "r: expected a checkpoint of train.py")
+        train.write(path, state)
+        with zipfile.ZipFile(path) as file:
+            members = [(name, file.read(name)) for name in file.namelist()]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, data in members:
+                file.writestr(name, data)
+        self.refused(line, "checkpoint.pt: expected a checkpoint.*compressed")
+        train.write(path, state)
+        for split in ("train", "dev", "test"):
+            data = Path(f"news/{split}.jsonl")
+            before = data.read_text()
+            data.write_text(before.replace('"PER"', '"ORG"', 1))
+            self.refused(line, f"the {split} data of ner as in the run")
+            data.write_text(before)
+        Path("r/lock").unlink()
+        Path("r/lock").mkdir()
+        self.refused(line, "lock: expected a file")
+        Path("r/lock").rmdir()
+        self.refused('--run "" --resume', "--run: expected a folder")
+        self.refused('--run "" --data news', "--run: expected a folder")
+        for name, content in [("best.pt", {"n": 1}), ("best-ner.pt", {"model": {}})]:
+            train.write(Path("r", name), content)
+            self.refused("--run r --resume", f"{name}: expected weights of this run")
+            Path("r", name).write_bytes((self.made / "r" / name).read_bytes())
+        state["history"][0]["dev"]["ner"]["f1"] = 100.0           # the third epoch is not the best
+        train.write(path, state)
+        for name in ("best.pt", "best-ner.pt"):                   # without them it trains on
+            Path("r", name).unlink()
+        self.assertEqual(self.output(line).count("is gone"), 2)
+        self.assertEqual(len(Path("r/log.jsonl").read_text().splitlines()), 3)
+
+    def test_a_device_without_numbers_is_refused(self):
+        for line in ("--run r --predict news/test.jsonl", "--run r --evaluate news",
+                     "--run r --resume", "--tasks ner --run s"):
+            self.refused(line + " --device meta", "--device meta")
+
+    def test_a_sentence_of_20000_words(self):
+        Path("long").write_text("word " * 20_000)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            out = self.output("--run r --predict long")
+        self.assertIn("cut", said.getvalue())
+        self.assertEqual(said.getvalue().count("\n"), 1)
+        self.assertEqual(out.count("word"), 20_000)
+
+    def test_a_reader_that_stops_is_no_error(self):
+        Path("text").write_text("Ada Kell of Nordex left Warwick for Zorville last year\n\n" * 1500)
+        line = [sys.executable, str(HERE / "train.py"), "--run", "r", "--predict", "text"]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            self.assertIn(b"Kell", process.stdout.readline())
+            process.stdout.close()
+            self.assertEqual(process.stderr.read(), b"")
+
+
+class CommandLineTest(FolderTest):
     SMALL = ("--ner-encoder 1x8 --emd-encoder 1x8 --rel-encoder 1x8 --coref-encoder 1x8 "
-             "--coref-units 8 --epochs 1")
+             "--coref-units 8 --dropout 0.4 --epochs 1")
 
     def test_train_resume_predict(self):
         Path("news").mkdir()
@@ -1433,7 +1784,7 @@ class CommandLineTest(unittest.TestCase):
         self.refused(f"--run {run} --resume --dropout 0.1", "expected 0.4.* found 0.1")
         self.refused(f"--run {run}", "--resume")
         held = train.lock(run)
-        self.refused(f"--run {run} --resume", "another process")
+        self.refused(f"--run {run} --resume", "lock: expected a file that no other process has")
         held.close()
         text = "Ada Kell works for Nordex. She likes the company."
         status, out, err = self.call(f"--run {run} --predict -", text)
@@ -1448,7 +1799,10 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(len(document.sentences), 2)
         self.assertEqual({*document.annotations}, {"ner", "emd", "relations", "clusters"})
         again = self.output(f"--run {run} --predict train.json --json")
-        self.assertEqual(json.loads(again), json.loads(out))      # sentences instead of text
+        expected = json.loads(out)                                # sentences instead of text
+        self.assertEqual([[text[a:b] for a, b in row] for row in expected.pop("offsets")],
+                         document.sentences)
+        self.assertEqual(json.loads(again), expected)
         (run / "best.pt").write_bytes(b"no weights")              # these predict
         self.refused(f"--run {run} --predict text", "best.pt: expected a checkpoint")
         settings = Settings(tasks=("ner",))
@@ -1460,6 +1814,7 @@ class CommandLineTest(unittest.TestCase):
     def test_settings_from_python_are_checked(self):
         for change in (dict(sharing="flt"), dict(tasks=("ner", "foo")), dict(tasks=()),
                        dict(data="folder"), dict(dropout="0.4"), dict(ner_encoder=64),
+                       dict(encoder=""), dict(rel_encoder="0x8"),
                        dict(epochs=2.5), dict(seed=None), dict(dropout=1.0), dict(lr=0),
                        dict(unknown=-0.1), dict(clip=math.nan)):
             with self.assertRaisesRegex(InputError, r"--[\w-]+: expected"):
@@ -1587,7 +1942,9 @@ def benchmark(rounds=6):
 
     # After some training nearly all gold mentions are among the 0.4 spans a token that are kept.
     # The untrained scorer here keeps few of them, so that they come on top of 0.3.
-    settings = Settings(spans_per_token=0.3)
+    settings = Settings(ner_encoder="2x64", emd_encoder="2x64", rel_encoder="3x64",
+                        coref_encoder="1x200", dropout=0.4, batch_size=32, lr_patience=8,
+                        spans_per_token=0.3)
     tasks, everything, long_document = benchmark_tasks(np.random.default_rng(0))
     vocabulary = Vocabulary.from_documents(everything)
     labels = {task.name: task.labels() for task in tasks}
@@ -1603,8 +1960,8 @@ def benchmark(rounds=6):
         while model.below[path[-1]]:
             path += model.below[path[-1]]
         encoders = [model.encoders[name] for name in path]
-        bare = [nn.LSTM(e.layers[0].input_size - 1, e.width // 2, len(e.layers), batch_first=True,
-                        bidirectional=True) for e in encoders]
+        bare = [nn.LSTM(e.forwards[0].input_size, e.width // 2, len(e.forwards),
+                        batch_first=True, bidirectional=True) for e in encoders]
         rows = []
         for n in range(10 * rounds):
             documents = task.batch(n, settings.batch_size, 0)

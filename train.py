@@ -18,6 +18,7 @@ prediction, the command line.
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
@@ -37,10 +38,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.benchmark import Timer
 
 from hmtl import HEADS, HIERARCHY, HMTL, Settings, Tagger, annotate
-from tasks import (InputError, Vocabulary, choose_tasks, expect, make_batch, outermost,
-                   read_json, read_text, read_vectors, to_json)
+from tasks import (InputError, Vocabulary, choose_tasks, cut_documents, cut_sentences, expect,
+                   file_of, label_scores, make_batch, outermost, read_columns, read_documents,
+                   read_json, read_text, read_vectors, tags_of, to_json)
 
 # ------------------------------------------------------------------------------- which task next
 
@@ -81,6 +84,18 @@ def epochs_waited(scores):
 
 # ------------------------------------------------------------------------------------ the trainer
 
+def evaluate(model, vocabulary, task, documents, size=32):
+    """The scores of one task on documents that carry its annotation."""
+    model.eval()
+    model.get_metrics(task.name, reset=True)
+    documents = own_share(sorted(documents, key=len))
+    size = task.batch_size(size)
+    for i in range(0, len(documents), size):
+        batch = make_batch(documents[i:i + size], vocabulary).to(model.device())
+        model(task.name, batch)
+    add_up_processes(model.metrics[task.name])
+    return model.get_metrics(task.name)
+
 class MultiTaskTrainer:
     """Trains an HMTL model on several tasks, and keeps the run in a folder."""
 
@@ -90,7 +105,6 @@ class MultiTaskTrainer:
         self.vocabulary = vocabulary
         self.settings = settings
         self.folder = Path(folder)
-        self.device = next(model.parameters()).device
         self.parallel = in_parallel(model)          # the model itself if there is one process
         # One Adam per task, each over the whole model: it divides by the size of that task's own
         # gradients, so no task needs a weight for its loss.
@@ -104,12 +118,13 @@ class MultiTaskTrainer:
         self.anchor = None            # the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
         self.history = []             # a dict per epoch, log.jsonl; all progress follows from it
+        self.data = checksums(tasks)
 
     def train(self, n_epochs):
         """Trains until epoch n_epochs, or until every task has run out of patience."""
         start_run(self)
         while len(self.history) < n_epochs and not self.finished():
-            started = time.time()
+            self.started = time.time()
             rates = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
             loss = self.train_epoch(len(self.history))
             dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
@@ -120,7 +135,7 @@ class MultiTaskTrainer:
                 if any(scores):                     # while it is still 0 it keeps its rate
                     self.lr_schedulers[task.name].step(scores[-1])
             save_run(self)
-            print_epoch(self, time.time() - started)
+            print_epoch(self)
 
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
@@ -134,8 +149,9 @@ class MultiTaskTrainer:
             task = self.tasks[index]
             if self.settings.schedule == "successive" and (step == 0 or index != plan[step - 1]):
                 set_anchor(self)
-            losses.setdefault(task.name, []).append(self.train_step(task))
-            show_progress(f"epoch {epoch + 1}: step {step + 1} of {len(plan)}")
+            loss = self.train_step(task)
+            losses.setdefault(task.name, []).append(loss)
+            show_step(self, step + 1, len(plan), loss)
         return mean_losses(losses)
 
     def train_step(self, task):
@@ -144,7 +160,7 @@ class MultiTaskTrainer:
         documents = task.batch(self.steps[task.name], self.settings.batch_size, self.settings.seed)
         self.steps[task.name] += 1
         documents, weight = weighted_share(documents)          # weight 1 in a single process
-        batch = make_batch(documents, self.vocabulary).to(self.device)
+        batch = make_batch(documents, self.vocabulary).to(self.model.device())
 
         # Its gradient, no longer than `clip`.
         self.model.zero_grad()               # to None: Adam skips what the task does not use
@@ -161,14 +177,7 @@ class MultiTaskTrainer:
 
     def evaluate(self, task, split):
         """The scores of one task on its dev or test documents."""
-        self.model.eval()
-        documents = own_share(sorted(task.data[split], key=len))
-        size = task.batch_size(self.settings.batch_size)
-        for i in range(0, len(documents), size):
-            batch = make_batch(documents[i:i + size], self.vocabulary)
-            self.model(task.name, batch.to(self.device))
-        add_up_processes(self.model.metrics[task.name])
-        return self.model.get_metrics(task.name, reset=True)
+        return evaluate(self.model, self.vocabulary, task, task.data[split])
 
     def dev_scores(self, task):
         """The score that training watches, of every epoch; negated if it should decrease."""
@@ -193,10 +202,10 @@ class Stopped(Exception):
 def refuse_non_finite(trainer, task, loss, norm):
     """Stops the run before a step that would spoil the weights."""
     if not (loss + norm).isfinite():
-        step, epoch = trainer.steps[task.name], len(trainer.history) + 1
+        step, good = trainer.steps[task.name], len(trainer.history)
         raise Stopped(f"{trainer.folder}: the loss or gradient of {task.name} is not finite at its "
-                      f"step {step}, in epoch {epoch}; checkpoint.pt is good and holds epoch "
-                      f"{epoch - 1}")
+                      f"step {step}, in epoch {good + 1}; checkpoint.pt is good and holds epoch "
+                      f"{good}")
 
 def set_anchor(trainer):
     """Remembers the shared parameters at the end of a task; there is none before the first."""
@@ -234,8 +243,9 @@ def gathered(value):
     return values
 
 def add_up_processes(metric):
-    sums, metric.sums = gathered(metric.sums), {}
-    for counts in sums:
+    shares = gathered((metric.sums, metric.confusions))
+    metric.sums, metric.confusions = {}, sum((pairs for _, pairs in shares), Counter())
+    for counts, _ in shares:
         metric.add(counts)
 
 def mean_losses(losses):
@@ -243,55 +253,87 @@ def mean_losses(losses):
     return {name: float(np.mean([row[name] for row in means])) for name in losses}
 
 # The files of a run. The checkpoint comes last: a run killed before it repeats the epoch.
+def checksums(tasks):
+    """{task: {split: checksum of its documents}}."""
+    return {task.name: {split: hashlib.sha256("\n".join(map(to_json, x)).encode()).hexdigest()
+                        for split, x in task.data.items()} for task in tasks}
+
 def start_run(trainer):
     """Writes what the first epoch needs to be resumed."""
     trainer.folder.mkdir(parents=True, exist_ok=True)
     if not trainer.history:
-        log = trainer.folder / "log.jsonl"
+        log, vocabulary = trainer.folder / "log.jsonl", trainer.vocabulary
         if log.exists() and log.stat().st_size:
             raise InputError(f"{trainer.folder}: holds a run; --resume it, or name another folder")
+        if trainer.settings.vectors:
+            words = "".join(word + "\n" for word in vocabulary.words[len(vocabulary.counts):])
+            vectors = trainer.model.embedder.words.frozen
+            write(trainer.folder / "vectors.pt", {"words": words, "vectors": vectors})
         save_run(trainer)
 
 def save_run(trainer):
+    trained = {"settings": asdict(trainer.settings), "vocabulary": trainer.vocabulary.state(),
+               "labels": {task.name: task.labels() for task in trainer.tasks},
+               "model": trainer.model.state_dict()}
     scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
     for name, values in (scores | {"best.pt": trainer.mean_scores()}).items():
-        if values and best_epoch(values) == len(values) - 1:
-            write(trainer.folder / name, trainer.model.state_dict())
+        path = trainer.folder / name
+        if values and (best_epoch(values) == len(values) - 1 or not path.exists()):
+            write(path, trained)
     write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
     write(trainer.folder / "checkpoint.pt", {
-        "settings": asdict(trainer.settings), "vocabulary": trainer.vocabulary.state(),
-        "labels": {task.name: task.labels() for task in trainer.tasks},
-        "steps": trainer.steps, "history": trainer.history, "model": trainer.model.state_dict(),
+        **trained, "data": trainer.data, "steps": trainer.steps, "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
 
 def restore_run(trainer, checkpoint):
-    trainer.model.load_state_dict(checkpoint["model"])
-    for name in trainer.optimizers:
-        trainer.optimizers[name].load_state_dict(checkpoint[f"optimizer {name}"])
+    """Everything but the model, which `build` has loaded."""
+    for task, splits in trainer.data.items():
+        for split, checksum in splits.items():
+            expect(checkpoint["data"][task][split] == checksum, "--resume",
+                   f"the {split} data of {task} as in the run", "others")
+    for name, optimizer in trainer.optimizers.items():
+        optimizer.load_state_dict(checkpoint[f"optimizer {name}"])
         trainer.lr_schedulers[name].load_state_dict(checkpoint[f"lr_scheduler {name}"])
-    trainer.steps, trainer.history = checkpoint["steps"], checkpoint["history"]
+        for parameter, state in optimizer.state.items():       # a wrong shape corrupts memory
+            shapes = [tuple(state[key].shape) for key in ("step", "exp_avg", "exp_avg_sq")]
+            good = state["step"].is_floating_point()
+            expect(good and shapes == [(), parameter.shape, parameter.shape],
+                   f"optimizer {name}", f"a state of {tuple(parameter.shape)}", str(shapes))
+    trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
+    trainer.history = checkpoint["history"]
+    trainer.mean_scores()                                      # an error if it is damaged
+    for name in ["best.pt", *(f"best-{task.name}.pt" for task in trainer.tasks)]:
+        if trainer.history and not (trainer.folder / name).exists():
+            print(f"{trainer.folder / name} is gone: the next epoch's weights take its place")
 
 def write_results(trainer):
     """Final scores, into results.json and returned: of each task's own best weights, as in the
     paper, and of the one model with the best mean, which stays loaded."""
+    gathered(None)                                   # the first process has written the weights
     model, tasks = trainer.model, {}
     for task in trainer.tasks:
         scores, steps = trainer.dev_scores(task), trainer.steps[task.name]
+        own_best = final_scores(trainer, task, f"best-{task.name}.pt")
+        pairs = model.metrics[task.name].confusions
         tasks[task.name] = {
             "steps": steps, "passes": steps / task.n_batches(trainer.settings.batch_size),
-            "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1]}
-    gathered(None)                                   # the first process has written the weights
-    for kind, name in [("own_best", "best-{}.pt"), ("one_model", "best.pt")]:
-        for task in trainer.tasks:
-            model.load_state_dict(load(trainer.folder / name.format(task.name), trainer.device))
-            tasks[task.name][kind] = {s: trainer.evaluate(task, s) for s in ("dev", "test")}
+            "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1],
+            "own_best": own_best, "labels": label_scores(pairs),
+            "confusions": [[*pair, n] for pair, n in pairs.most_common() if len({*pair}) > 1],
+            "one_model": final_scores(trainer, task, "best.pt")}
     results = {"settings": asdict(trainer.settings), "tasks": tasks,
                "mixtures": {name: dict(zip(model.reads[name], weights.softmax(0).tolist()))
                             for name, weights in model.mixtures.items()},
                "one_model_epoch": best_epoch(trainer.mean_scores()) + 1}
     write(trainer.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
+
+def final_scores(trainer, task, name):
+    with one_line(f"{trainer.folder / name}: expected weights of this run"):
+        state = load(trainer.folder / name, trainer.model.device())
+        trainer.model.load_state_dict(state["model"])
+    return {split: trainer.evaluate(task, split) for split in ("dev", "test")}
 
 def write(path, content):
     """Text, or tensors and plain values. The name always holds a whole file, the old or the new."""
@@ -313,6 +355,8 @@ def one_line(message):
     """InputError instead of the many kinds of errors that damaged or foreign files raise."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         found = getattr(error, "strerror", None) or repr(error)
         raise InputError(f"{message}: {found[:200]}") from None
@@ -320,8 +364,8 @@ def one_line(message):
 def load(path, device="cpu"):
     """Tensors and plain values, no code. zipfile compares the checksums, which torch does not."""
     with one_line(f"{path}: expected a checkpoint of train.py"), zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError("checksum")
+        if any(member.compress_type for member in file.infolist()) or file.testzip():
+            raise ValueError("compressed or damaged")          # torch never compresses
         return torch.load(path, map_location=device, weights_only=True)
 
 def new_folder(tasks):
@@ -333,28 +377,54 @@ def new_folder(tasks):
 def lock(folder):
     """Refuses a second process in a folder while the result is kept; the system unlocks at exit."""
     folder.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
-    with one_line(f"{folder}: another process trains there"):
+    with one_line(f"{folder / 'lock'}: expected a file that no other process has locked"):
+        connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")            # SQLite can lock on every system
     return connection
 
 # The screen.
+def visible(text):
+    """Characters that steer a screen are shown, not sent."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]",
+                  lambda match: ascii(match[0])[1:-1], text)
+
 def show_progress(text):
     """A status line, overwritten by the next one; shown only on a terminal."""
     if sys.stderr.isatty() and processes()[0] == 0:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
-def print_epoch(trainer, seconds):
+def show_step(trainer, step, n_steps, loss):
+    if sys.stderr.isatty():
+        left = (time.time() - trainer.started) / step * (n_steps - step)
+        show_progress(f"epoch {len(trainer.history) + 1}: step {step} of {n_steps}, "
+                      f"loss {loss:.2f}, {left:.0f} s to go")
+
+def print_epoch(trainer):
     show_progress("")
-    line = f"epoch {len(trainer.history):3d}  {seconds:5.1f} s "
+    n, seconds = len(trainer.history), time.time() - trainer.started
+    line = f"epoch {n:3d}  {seconds:5.1f} s "
     for task in trainer.tasks:
         scores = trainer.dev_scores(task)
-        star = "*" if any(scores) and epochs_waited(scores) == 0 else " "
-        line += f"  {task.name} {scores[-1]:5.1f}{star}"
-    print(line, flush=True)
+        star = " " if epochs_waited(scores) else "*"
+        cell = f"{scores[-1]:5.1f}{star}" if any(scores) else "none yet"
+        line += f"  {task.name} {cell:8s}"
+    if n == 1:
+        line += f"  at most {seconds * (trainer.settings.epochs - 1) / 60:.1f} minutes to go"
+    print(line.rstrip(), flush=True)
+
+def compare_threads(trainer):
+    """Says so if several threads are slower than one, as they can be, many times, beside other
+    programs: they wait for one another at every operation."""
+    n, task = torch.get_num_threads(), trainer.tasks[0]
+    batch = make_batch(task.data["dev"][:task.batch_size(32)], trainer.vocabulary)
+    names = {"model": trainer.model.eval(), "batch": batch, "tasks": [task.name]}
+    timers = [Timer("model.predict(batch, tasks)", globals=names, num_threads=k) for k in (1, n)]
+    one, several = (timer.blocked_autorange(min_run_time=0.2).median for timer in timers)
+    if several > 1.5 * one:
+        print(f"{n} threads take {several / one:.1f} times as long as one here: stop, "
+              "set OMP_NUM_THREADS=1")
 
 def print_start(trainer):
-    """The settings, the sizes of the data and the model, what is not learned."""
     settings, model = trainer.settings, trainer.model
     print(", ".join(f"{name} {shown(value)}" for name, value in asdict(settings).items()))
     print("\ntask    train    dev   test             batches   share of steps")
@@ -367,11 +437,15 @@ def print_start(trainer):
     for task in trainer.tasks:
         rows = [row for d in task.data["train"] for row in d.annotations[task.annotation]]
         left, total, why = 0, sum(map(len, rows)), "overlap a longer one"
-        if HEADS[task.name] is Tagger:
-            left = total - sum(len(outermost(spans)) for spans in rows)
-        elif task.whole_documents:
+        if task.whole_documents:
+            print(f"{task.name}: {total} spans in {len(rows)} clusters")
             left = sum(end - start >= settings.max_span for row in rows for start, end in row)
             why = f"have more than --max-span {settings.max_span} words"
+        else:
+            labels = Counter(label for row in rows for *_, label in row).most_common(20)
+            print(f"{task.name}:", ", ".join(f"{visible(label)} {n}" for label, n in labels))
+        if HEADS[task.name] is Tagger:
+            left = total - sum(len(outermost(spans)) for spans in rows)
         if left:
             print(f"{task.name}: not learned: {left} of {total} training spans, which {why}")
     parts = model.embedder, model.encoders, model.heads, model
@@ -389,10 +463,13 @@ def print_results(trainer, results):
             print(f"{name:6s} {score:11s} {own[score]:9.2f} {one[score]:11.2f} "
                   f"{dev.get(score, np.nan):17.2f}")
     print()
+    n = len(trainer.history)
     for name, row in results["tasks"].items():
-        print("{}: best at epoch {best_epoch} of {}, dev {best_dev:.2f} then and {last_dev:.2f} at "
+        rising = row["best_epoch"] == n or not row["best_dev"]
+        more = f": --epochs {2 * n} may help" if rising else ""
+        print("{}: best at epoch {best_epoch} of {}{}; dev {best_dev:.2f} then, {last_dev:.2f} at "
               "the end; {steps} steps, {passes:.1f} passes over its data".format(
-                  name, len(trainer.history), **row))
+                  name, n, more, **row))
     for name, weights in results["mixtures"].items():
         print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
 
@@ -403,9 +480,8 @@ def print_examples(trainer):
         print(f"\n{task.name}, dev")
         names, dev = [task.annotation], task.data["dev"]
         for document in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
-            batch = make_batch([document], trainer.vocabulary).to(trainer.device)
-            found = annotated_lines(annotate(trainer.model, document, batch), names)
-            key = annotated_lines(document, names)
+            found = next(annotate(trainer.model, [document], trainer.vocabulary))
+            found, key = annotated_lines(found, names), annotated_lines(document, names)
             versions = {"right": key} if found == key else {"wrong": found, "key": key}
             for mark, lines in versions.items():
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
@@ -444,29 +520,48 @@ def annotated_lines(document, names):
         lines.append(" ".join("[" * opened[t] + words[t] + closed[t] for t in tokens))
         lines += chain.from_iterable(notes[t] for t in tokens)
         start += len(sentence)
-    return lines
+    return [visible(line) for line in lines]
 
 # A model from settings.
-def build(settings, checkpoint=None):
-    """(tasks with data, vocabulary, model); a checkpoint's data must still be the same."""
+def build(settings, checkpoint=None, folder=None):
+    """(tasks with data, vocabulary, model), from the settings or with the weights of a run."""
     check_settings(settings)
     tasks, device = choose_tasks(settings.tasks), device_of(settings.device)
     folders = data_folders(settings.data, tasks)
     for task in tasks:
         task.load_data(folders.get(task.name), settings.max_tokens)
+    if checkpoint:
+        model, vocabulary = load_run(folder, device, checkpoint)
+        return tasks, vocabulary, model
+    documents, words, vectors = [d for t in tasks for d in t.data["train"]], [], None
+    if settings.vectors:
+        words, values = read_vectors(settings.vectors)
+        vectors = words, torch.from_numpy(values)
+        settings.word_dim = values.shape[1]              # the file's width wins
+        seen = Counter(word.lower() for d in documents for word in chain(*d.sentences))
+        known = seen.keys() & {*words}
+        share = sum(seen[word] for word in known) / seen.total()
+        print(f"vectors of {len(known)} of {len(seen)} training words, {share:.1%} of the tokens")
+        expect(known, settings.vectors, "words of the training documents", "none")
+    vocabulary = Vocabulary.from_documents(documents, words)
     labels = {task.name: task.labels() for task in tasks}
     torch.manual_seed(settings.seed)
-    words, vectors = [], None
-    if settings.vectors:
-        words, values = vectors = read_vectors(settings.vectors)
-        settings.word_dim = values.shape[1]              # the file's width wins
-    vocabulary = Vocabulary.from_documents([d for t in tasks for d in t.data["train"]], words)
-    known = {*words} & {*vocabulary.words[:len(vocabulary.counts)]}
-    expect(known or not words, settings.vectors, "words of the training documents", "none")
-    found = {"labels": labels, "vocabulary": vocabulary.state()}
-    same = not checkpoint or all(checkpoint.get(name) == found[name] for name in found)
-    expect(same, "--resume", "the run's training data and vectors", "others")
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
+
+def load_run(folder, device="cpu", state=None):
+    """(model, vocabulary) of a run, to predict with; or of the state of a checkpoint."""
+    state, words, vectors = state or load(Path(folder, "best.pt")), [], None
+    with one_line(f"{folder}: expected checkpoints of train.py"):
+        settings = Settings(**state["settings"])
+        check_settings(settings)
+        if settings.vectors:                             # they are stored apart, once
+            stored = load(Path(folder, "vectors.pt"))
+            words = stored["words"].split("\n")[:-1]
+            vectors = words, stored["vectors"]
+        vocabulary = Vocabulary(**state["vocabulary"], more_words=words)
+        model = HMTL(choose_tasks(settings.tasks), state["labels"], vocabulary, settings, vectors)
+        model.load_state_dict(state["model"])
+    return model.to(device).eval(), vocabulary
 
 def data_folders(data, tasks):
     """{task name: folder} from --data DIR, or --data TASK=DIR ...; {} without data."""
@@ -482,25 +577,74 @@ def data_folders(data, tasks):
 def device_of(name):
     """The device of that name, or a GPU where there is one; under torchrun a GPU per process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     with one_line(f"--device {name}"):
-        return torch.zeros(0, device=name).device        # an error if there is no such device
+        torch.zeros(1, device=name).tolist()             # an error if there is no such device
+    return torch.device(name)
 
-def predict(folder, path, as_json, device):
-    """Prints the text or the .json or .jsonl documents at path, with all that best.pt finds."""
-    checkpoint, weights = load(folder / "checkpoint.pt"), load(folder / "best.pt")
-    with one_line(f"{folder}: expected checkpoints of train.py"):
-        settings = Settings(**checkpoint["settings"])
-        check_settings(settings)
-        vocabulary = Vocabulary(**checkpoint["vocabulary"])
-        model = HMTL(choose_tasks(settings.tasks), checkpoint["labels"], vocabulary, settings)
-        model.load_state_dict(weights)
-    model.to(device).eval()
-    for document in read_json(path) if path.endswith((".json", ".jsonl")) else [read_text(path)]:
+def predict(folder, paths, form, device):
+    """Prints the documents at the paths with all that best.pt finds."""
+    model, vocabulary = load_run(folder, device)
+    keys = [task.annotation for task in model.tasks.values()]
+    tagged = [key for key, head in zip(keys, model.heads.values()) if isinstance(head, Tagger)]
+    expect(form != "columns" or len(tagged) == 1, "--columns", "a run with one tagger",
+           ", ".join(tagged) or "none")
+    whole = form == "json" or any(task.whole_documents for task in model.tasks.values())
+    for path in paths:
+        documents = to_predict(path, [*tagged, "ner"][0], whole)
+        for document, found in zip(documents, annotate(model, documents, vocabulary)):
+            lines = ([to_json(found)] if form == "json" else annotated_lines(found, keys)
+                     if form == "text" else column_lines(document, found, tagged[0]))
+            print("\n".join(lines), flush=True)
+
+def to_predict(path, key, whole):
+    """The documents of .json, .jsonl or .conll, or of raw text: of its sentences, if not whole."""
+    suffix = Path(path).suffix
+    raw = suffix not in (".json", ".jsonl", ".conll")
+    documents = ([read_text(path)] if raw else read_columns(path, key) if suffix == ".conll"
+                 else read_json(path))
+    for i, document in enumerate(documents):
         expect(len(document), f"{path}, {document.key}", "some words", "none")
-        found = annotate(model, document, make_batch([document], vocabulary).to(device))
-        print(to_json(found) if as_json else "\n".join(annotated_lines(found, found.annotations)))
+        documents[i] = cut_sentences(document, f"{path}, {document.key}")
+    return cut_documents(documents, 1) if raw and not whole else documents
+
+def column_lines(document, found, key):
+    """A word, its tag in the document if it has the key, and the predicted one: for conlleval."""
+    lines = []
+    for parts in zip(*(cut_documents([d], 1) for d in (document, found) if key in d.annotations)):
+        tags = [tags_of(part.annotations[key][0], len(part)) for part in parts]
+        tags = [[{"U": "B", "L": "I"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in tags]
+        lines += [" ".join(row) for row in zip(parts[0].sentences[0], *tags)] + [""]
+    return lines
+
+def print_evaluation(folder, path, device):
+    """The scores of best.pt on a file, or on the test file of a folder."""
+    model, vocabulary = load_run(folder, device)
+    path = file_of(path, "test") if Path(path).is_dir() else Path(path)
+    annotated = [(task, read_documents(path, task)) for task in model.tasks.values()]
+    expect(any(rows for _, rows in annotated), path, "the key of a task of the run", "none")
+    for task, documents in annotated:
+        documents = cut_documents(documents, sys.maxsize if task.whole_documents else 1)
+        if documents:
+            unit = "documents" if task.whole_documents else "sentences"
+            print(f"\n{task.name}: {path}, {len(documents)} {unit}")
+            scores = evaluate(model, vocabulary, task, documents)
+            print_labels(scores, model.metrics[task.name].confusions)
+
+def print_labels(scores, pairs):
+    """Scores, then precision, recall and F1 of the labels, then the most frequent confusions."""
+    for name in [name for name in scores if not name.endswith(("recall", "precision"))]:
+        print(f"  {name:24s} {scores[name]:7.2f}")
+    for i, (label, row) in enumerate([*label_scores(pairs).items()][:20]):
+        if i == 0:
+            print("\n  label                    precision   recall       F1  predicted     gold")
+        print("  {:24.24s} {f1-precision:9.2f} {f1-recall:8.2f} {f1:8.2f} {predicted:10d} "
+              "{gold:8d}".format(visible(label), **row))
+    errors = [(pair, n) for pair, n in pairs.most_common() if len({*pair}) > 1]
+    for i, ((right, found), n) in enumerate(errors[:8]):
+        if i == 0:
+            print("\n  most frequent errors: in the key, found, times")
+        print(f"  {visible(right or '-'):24.24s} {visible(found or '-'):24.24s} {n:5d}")
 
 # The command line.
 FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
@@ -512,19 +656,19 @@ LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "ra
 def check_settings(settings):
     """Refuses values that no model can be built from."""
     for f in fields(settings):
-        value = getattr(settings, f.name)
-        low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
-        good, expected = True, f"a value of type {f.type.__name__}"
-        if not isinstance(value, (int, float) if f.type is float else f.type):
-            good = False
-        elif f.name in CHOICES:
+        flag, value = FLAGS[f.name], getattr(settings, f.name)
+        kinds = (int, float) if f.type is float else f.type
+        expect(isinstance(value, kinds), flag, f"a value of type {f.type.__name__}", shown(value))
+        if f.name in CHOICES:
             chosen, choices = {*value} if f.type is tuple else {value}, CHOICES[f.name]
-            good, expected = chosen and chosen <= {*choices}, f"one of {', '.join(choices)}"
+            good = chosen and chosen <= {*choices}
+            expect(good, flag, f"one of {', '.join(choices)}", shown(value))
         elif f.name.endswith("encoder"):
-            good, expected = re.fullmatch(r"[1-9]\d*x[1-9]\d*", value), "LAYERSxUNITS, as in 2x64"
+            good = value == f.default or re.fullmatch(r"[1-9]\d*x[1-9]\d*", value)
+            expect(good, flag, "LAYERSxUNITS, as in 2x64", shown(value))
         elif f.type in (int, float):
-            good, expected = low <= value <= high, f"a number from {low:g} to {high:g}"
-        expect(good, FLAGS[f.name], expected, shown(value))
+            low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
+            expect(low <= value <= high, flag, f"a number from {low:g} to {high:g}", shown(value))
 
 def shown(value):
     return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
@@ -534,38 +678,50 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 def parse(arguments):
-    """({setting: value} of those that are given, [--run, --resume, --predict, --json])."""
+    """({setting: value} of those that are given, [--run, --resume, ... ])."""
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--run", metavar="DIR", type=Path, help="folder of the run")
+    add("--run", metavar="DIR", help="folder of the run")
     add("--resume", action="store_true",
         help="go on with the run in --run; --epochs, --patience and --device may change")
-    add("--predict", metavar="FILE", help="annotate raw text (-: standard input), .json or .jsonl")
-    add("--json", action="store_true", help="predict JSON lines")
+    add("--predict", metavar="FILE", nargs="+",
+        help="annotate raw text (-: standard input), .json, .jsonl or .conll")
+    add("--json", dest="form", action="store_const", const="json", default="text",
+        help="predict JSON lines")
+    add("--columns", dest="form", action="store_const", const="columns",
+        help="predict columns: word, tag of the file if it has one, predicted tag")
+    add("--evaluate", metavar="PATH", help="score on an annotated file, or a folder's test file")
     helps = dict(re.findall(r"^    (\w+): .*# (.+)", inspect.getsource(Settings), re.M))
     for f in fields(Settings):
         kind = {"nargs": "+"} if f.type is tuple else {"type": f.type}
         add(FLAGS[f.name], default=argparse.SUPPRESS, choices=CHOICES.get(f.name), **kind,
             help=f"{helps[f.name]} (default: {shown(f.default)})")
     given = vars(parser.parse_args(arguments))
-    other = [given.pop(name) for name in ("run", "resume", "predict", "json")]
+    other = [given.pop(name) for name in ("run", "resume", "predict", "evaluate", "form")]
     if "tasks" in given:                                       # in the order of the hierarchy
         given["tasks"] = [task.name for task in choose_tasks(given["tasks"])]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 def main(arguments=None):
-    given, (folder, resume, text, as_json) = parse(arguments)
-    expect(folder or not (resume or text), "--resume and --predict", "--run DIR", "none")
-    expect(text or not as_json, "--json", "--predict", "none")
-    if text:
-        expect(given.keys() <= {"device"}, "--predict", "--device or no setting", " ".join(given))
-        predict(folder, text, as_json, device_of(given.get("device")))
+    given, (folder, resume, paths, scored, form) = parse(arguments)
+    expect(folder != "", "--run", "a folder", "none")
+    expect(folder or not (resume or paths or scored), "--resume, --predict and --evaluate",
+           "--run DIR", "none")
+    expect(paths or form == "text", "--json and --columns", "--predict", "none")
+    folder = Path(folder or new_folder(given.get("tasks", Settings.tasks)))
+    if paths or scored:
+        expect(given.keys() <= {"device"}, "--predict and --evaluate", "--device or no setting",
+               " ".join(given))
+        device = device_of(given.get("device"))
+        if paths:
+            predict(folder, paths, form, device)
+        if scored:
+            print_evaluation(folder, scored, device)
     elif resume:
         checkpoint = load(folder / "checkpoint.pt")
         run(resumed_settings(given, checkpoint, folder), folder, checkpoint)
     else:
-        folder = folder or new_folder(given.get("tasks", Settings.tasks))
         expect(not (folder / "checkpoint.pt").exists(), folder, "no run, or --resume", "a run")
         run(Settings(**given), folder)
 
@@ -586,23 +742,30 @@ def run(settings, folder, checkpoint=None):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         folder = gathered(folder)[0]
-    tasks, vocabulary, model = build(settings, checkpoint)
+    if processes()[0] > 0:
+        sys.stdout = open(os.devnull, "w")
+    tasks, vocabulary, model = build(settings, checkpoint, folder)
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     held = lock(folder) if processes()[0] == 0 else None
-    if not held:
-        sys.stdout = open(os.devnull, "w")
     if checkpoint:
         with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
     print_start(trainer)
+    if model.device().type == "cpu" and torch.get_num_threads() > 1:
+        compare_threads(trainer)
     try:
         trainer.train(settings.epochs)
         print_results(trainer, write_results(trainer))
         print_examples(trainer)
     except KeyboardInterrupt:
         raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
-    if held:
-        held.close()
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        raise Stopped(f"another process ended ({str(error)[:100]}); go on with --resume") from None
+    finally:
+        if held:
+            held.close()
     if dist.is_initialized():
         dist.barrier()               # a process that leaves before the others may abort, in gloo
         dist.destroy_process_group()
@@ -612,9 +775,15 @@ def command_line():
     sys.stdout.reconfigure(errors="replace")                   # screens that lack a character
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                    # such as `| head`: no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, Stopped, KeyboardInterrupt, OSError) as error:
         show_progress("")
-        print(f"train.py: {str(error) or 'stopped'}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":                 # under torchrun, one line of all
+            print(f"train.py: {visible(str(error)) or 'stopped'}", file=sys.stderr, flush=True)
+        if dist.is_initialized():                              # at a normal exit gloo may abort
+            os._exit(2)
         sys.exit(2)
 
 if __name__ == "__main__":
