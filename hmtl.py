@@ -61,7 +61,7 @@ class Settings:
     successive_delta: float = 1e-2     # penalty on the drift of shared weights, if successive
     epochs: int = 40                   # an epoch: as many steps as there are batches in all
     patience: int = 20                 # training ends when no task improved for so many epochs
-    lr_patience: int = 4               # epochs without a best, beyond which a task's rate is halved
+    lr_patience: int = 4               # a task's rate is halved after more epochs without a best
     seed: int = 0                      # everything random follows from it
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
@@ -130,8 +130,8 @@ class Encoder(nn.Module):
         self.dropout = dropout
         self.width = 2 * units
         widths = [width] + [self.width] * (n_layers - 1)
-        self.forwards = nn.ModuleList(first_lstm(w, units) for w in widths)
-        self.backwards = nn.ModuleList(first_lstm(w, units) for w in widths)
+        self.forwards = nn.ModuleList(new_lstm(w, units) for w in widths)
+        self.backwards = nn.ModuleList(new_lstm(w, units) for w in widths)
 
     def forward(self, x, mask):
         """(B, T, width), (B, T) -> (B, T, D), zero on padding."""
@@ -178,8 +178,10 @@ class Head(nn.Module):
 
     def confusions(self, predictions, batch):
         """Counter of (gold label, predicted label); empty without labels."""
+        if not self.labels:
+            return Counter()
         pairs = zip(predictions[self.task.name], map(self.target, self.gold(batch)))
-        return sum((confusions(*pair) for pair in pairs if self.labels), Counter())
+        return sum((confusions(*pair) for pair in pairs), Counter())
 
     def target(self, rows):
         """Gold rows in the form of decoded ones."""
@@ -530,8 +532,8 @@ class HMTL(nn.Module):
 # - Relations start from a bias of -7, LSTMs from larger weights than torch gives; a task whose dev
 #   score is still 0 loses neither patience nor learning rate (train.py).
 # - In training, gold mentions are kept beside the best. Kept spans may cross; Lee et al. drop such.
-# - Dropout is drawn once for each distinct word of a batch, and on what the coreference scorers
-#   read, not on their many hidden units: fewer numbers to draw.
+# - Dropout is drawn once for each distinct word of a batch, and in coreference on g, which the
+#   antecedent scorer reads, not on the scorers' many hidden units: fewer numbers to draw.
 
 def other_layout(sharing, tree):
     """inverted: the paper's tree upside down; flat: one stack of all encoders, every head reads its
@@ -559,8 +561,8 @@ def head_input(model, task, outputs):
 class WordVectors(nn.Module):
     """(U,) -> (U, word_dim); in training, a rare word sometimes gets the vector of the unknown.
 
-    Words that only the vector file has never get a gradient. Kept out of the optimizer, frozen,
-    400,000 of them take 31 ms a step less; kept out of the checkpoints, they are written once.
+    Words that only the vector file has get no gradient: they are a buffer, not a parameter (with
+    400,000 a step takes 31 ms less), and are written once, not into every checkpoint.
     """
 
     def __init__(self, vocabulary, settings, vectors):
@@ -570,7 +572,8 @@ class WordVectors(nn.Module):
         table[0] = 0.0                                                           # padding
         if vectors:
             words, values = vectors
-            ids = torch.tensor([vocabulary.word_ids[word] for word in words])
+            ids = [vocabulary.word_ids[word] for word in words]
+            ids = torch.tensor(ids, dtype=torch.long)
             table[ids[ids < n]] = values[ids < n]
             frozen = values[ids >= n]                       # in the order of the vocabulary
         self.trained = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
@@ -579,7 +582,7 @@ class WordVectors(nn.Module):
         self.register_buffer("unknown", settings.unknown * rare, persistent=False)
 
     def forward(self, ids):
-        if self.training:           # training documents have no word of the vector file alone
+        if self.training:           # all ids are < n here: the others are in no training document
             ids = torch.where(torch.rand(ids.shape, device=ids.device) < self.unknown[ids], 1, ids)
         n = len(self.unknown)
         vectors = self.trained(ids.clamp(max=n - 1))
@@ -594,11 +597,11 @@ def random_bytes(shape, device):
     return numbers.view(torch.uint8)[:n].view(shape)
 
 @torch.no_grad()
-def first_lstm(width, units):
-    """torch starts all weights within +-1 / sqrt(H), biases too. Three layers later, tokens of a
-    sentence are 0.01 apart, and relations learn nothing for hundreds of steps. Glorot & Bengio 2010
-    for the input, orthogonal for the state, and an open forget gate (Jozefowicz et al. 2015) keep
-    them 0.1 apart."""
+def new_lstm(width, units):
+    """torch starts all weights within +-1 / sqrt(units), biases too. Three layers later, tokens of
+    a sentence are 0.01 apart, and relations learn nothing for hundreds of steps. Glorot & Bengio
+    2010 for the input, orthogonal for the state, and an open forget gate (Jozefowicz et al. 2015)
+    keep them 0.1 apart."""
     lstm = nn.LSTM(width, units, batch_first=True)
     for of_input, of_state in zip(lstm.weight_ih_l0.chunk(4), lstm.weight_hh_l0.chunk(4)):
         nn.init.xavier_uniform_(of_input)
@@ -667,8 +670,8 @@ def with_types(relations, spans):
 
 def count_relations(predictions, batch, gold_relations):
     """`last-token`, the paper's score, asks for the label and both arguments' last tokens;
-    `boundaries` for their spans, `strict` for their types too, which come from the tagger: there
-    must be one, and for `strict` its annotation."""
+    `boundaries` for their spans, `strict` for their types too. Both come from the tagger: without
+    one there is only the first, without its annotation no `strict`."""
     rows = {"last-token": [], "boundaries": [], "strict": []}
     tagger = argument_tagger(predictions)
     for i, gold in enumerate(gold_relations):
@@ -702,12 +705,15 @@ def gold_clusters(batch, clusters, longest):
 
 def clusters_of(spans, back):
     """Clusters of the spans that each pick the one `back` places before, 0 for none."""
-    cluster_of = {}
+    clusters, cluster_of = [], {}
     for i, d in enumerate(back):
         if d > 0:
-            cluster_of[i] = cluster_of.setdefault(i - d, [spans[i - d]])
+            if i - d not in cluster_of:
+                clusters.append([spans[i - d]])
+                cluster_of[i - d] = clusters[-1]
+            cluster_of[i] = cluster_of[i - d]
             cluster_of[i].append(spans[i])
-    return list({id(cluster): cluster for cluster in cluster_of.values()}.values())
+    return clusters
 
 def annotate(model, documents, vocabulary):
     """Yields the documents with everything that the model predicts, and nothing that they had but
@@ -715,30 +721,32 @@ def annotate(model, documents, vocabulary):
     documents = list(documents)
     sentences = [words for document in documents for words in document.sentences if words]
     found = predict_sentences(model, sentences, vocabulary)
+    by_sentence = [task for task in model.tasks.values() if not task.whole_documents]
+    whole = [task for task in model.tasks.values() if task.whole_documents]
     for document in documents:
         rows = {task.annotation: [] for task in model.tasks.values()}
         starts = accumulate(map(len, document.sentences), initial=0)
         for words, start in zip(document.sentences, starts):
             here = next(found) if words else {}
-            for task in model.tasks.values():
+            for task in by_sentence:
                 of_sentence = [shifted(row, start) for row in here.get(task.name, [])]
-                rows[task.annotation] += [] if task.whole_documents else [of_sentence]
-        for task in model.tasks.values():
-            if task.whole_documents and len(document):
-                batch = make_batch([document], vocabulary).to(model.device())
-                rows[task.annotation] = model.predict(batch, [task.name])[task.name][0]
+                rows[task.annotation].append(of_sentence)
+        for task in whole if len(document) else []:
+            batch = make_batch([document], vocabulary).to(model.device())
+            rows[task.annotation] = model.predict(batch, [task.name])[task.name][0]
         rows |= {key: x for key, x in document.annotations.items() if key == "offsets"}
         yield Document(document.key, document.sentences, rows)
 
 def predict_sentences(model, sentences, vocabulary, window=1024, size=32):
     """Yields {task: rows} for every sentence. Of a window, sentences of like lengths are read
-    together: on 1 MB of news in 0.7 of the time of batches in the order of the text."""
+    together, which takes 0.7 of the time of batches in the order of the text."""
     names = [task.name for task in model.tasks.values() if not task.whole_documents]
-    for window in [sentences[i:i + window] for i in range(0, len(sentences), window)]:
-        found = [{}] * len(window)
-        order = sorted(range(len(window)), key=lambda i: len(window[i]))
-        for indices in [order[i:i + size] for i in range(0, len(order), size) if names]:
-            documents = [Document("", [window[i]]) for i in indices]
+    for start in range(0, len(sentences), window):
+        part = sentences[start:start + window]
+        found = [{}] * len(part)
+        order = sorted(range(len(part)), key=lambda i: len(part[i])) if names else []
+        for indices in [order[i:i + size] for i in range(0, len(order), size)]:
+            documents = [Document("", [part[i]]) for i in indices]
             batch = make_batch(documents, vocabulary).to(model.device())
             predictions = model.predict(batch, names)
             if "rel" in predictions:        # without a tagger, an argument is its last token

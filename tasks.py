@@ -68,13 +68,15 @@ class Task:
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them without one: all documents that
-        carry its annotation. Training documents over max_tokens are cut. Raises InputError."""
+        carry its annotation. Coreference cuts longer ones for training. Raises InputError."""
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
-            longest = 1                                    # so every sentence is a part
-            if self.whole_documents:
-                longest = max_tokens if split == "train" else sys.maxsize
-            self.data[split] = cut_documents(documents, longest)
+            longest = max_tokens if split == "train" else sys.maxsize
+            self.data[split] = self.parts(documents, longest)
+
+    def parts(self, documents, max_tokens=sys.maxsize):
+        """What the task reads at a time: sentences, or documents of up to max_tokens."""
+        return cut_documents(documents, max_tokens if self.whole_documents else 1)
 
     def labels(self):
         """The labels of the training documents, sorted; coreference has none."""
@@ -125,9 +127,8 @@ TASKS = [Task("ner", "ner", "f1", builtin_size=300),
 class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
-    words: these two and those of the training documents; more_words: those that only the vector
-    file has. counts: the number of training documents that contain each of `words`; inf for the
-    first two.
+    words: these two, those of the training documents, those that only the vector file has. counts:
+    of the first two groups alone, how many training documents contain each; inf for the two.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
 
@@ -203,14 +204,14 @@ class Scores:
     """Precision P, recall R and F1 = 2 P R / (P + R), in percent, of sums over documents.
 
     A score is a sum of [hits among predicted, predicted, hits among gold, gold], added over
-    documents before any division. The two hits differ only in coreference; see below the banner.
+    documents before any division. The two hits differ only in `b_cubed`, below the banner.
     """
 
     def __init__(self, mean=None):
         """mean: the name of the mean of all F1, if that is to be a score too."""
         self.mean = mean
         self.sums = {}
-        self.confusions = Counter()      # (gold label, predicted label), None for nothing: number
+        self.confusions = Counter()      # of (gold label, predicted label); None: nothing there
 
     def add(self, counts):
         """counts: {score name: four numbers}."""
@@ -252,7 +253,8 @@ def expect(condition, where, expected, found):
         raise InputError(f"{where}: expected {expected}, found {found[:100]}")
 
 def confusions(predicted, gold):
-    """Counter of (gold label, predicted label) over all places of either: rows without a label."""
+    """Counter of (gold label, predicted label) at every place that either has, a place being a row
+    without its label; None for nothing."""
     hits = {*predicted} & {*gold}
     pairs = Counter((row[-1], row[-1]) for row in hits)
     missed, extra = sorted({*gold} - hits), sorted({*predicted} - hits)
@@ -262,7 +264,7 @@ def confusions(predicted, gold):
     return pairs
 
 def label_scores(pairs):
-    """{label: its scores and counts}, the most frequent of the key first, from `confusions`."""
+    """{label: its scores and counts}, the most frequent in gold first, from `confusions`."""
     gold = Counter(right for right, _ in pairs.elements())
     predicted = Counter(found for _, found in pairs.elements())
     rows = {}
@@ -350,7 +352,8 @@ def part_of(document, kept):
             lists = [c for c, whole in zip(cut, lists) if len(c) > 1 or len(c) == len(whole)]
         else:
             lists = [lists[i] for i in kept]
-        part.annotations[name] = [[shifted(row, -start) for row in rows] for rows in lists]
+        n = 0 if name == "offsets" else -start
+        part.annotations[name] = [[shifted(row, n) for row in rows] for rows in lists]
     return part
 
 def shifted(row, n):
@@ -372,7 +375,8 @@ def file_of(folder, split):
 def read_documents(path, task):
     """The documents of a file that carry the task's annotation: JSON, or else columns."""
     spans = "emd" if task.annotation == "emd" else "ner"
-    documents = read_json(path) if path.suffix[:5] == ".json" else read_columns(path, spans)
+    is_json = path.suffix in (".json", ".jsonl")
+    documents = read_json(path) if is_json else read_columns(path, spans)
     return [d for d in documents if len(d) and task.annotation in d.annotations]
 
 def read_lines(path):
@@ -522,14 +526,15 @@ def line_ends(text):
                 yield end
 
 def cut_sentences(document, where, longest=300):
-    """The document with no longer sentences: relations need memory for every pair of tokens."""
+    """The document with no longer sentences, as relations need memory for every pair of tokens; if
+    one is cut, without its annotations."""
     if max(map(len, document.sentences), default=0) <= longest:
         return document
     print(f"{where}: cut: a sentence of more than {longest} words", file=sys.stderr)
-    rows = {"sentences": document.sentences, **document.annotations}
-    rows = {name: [row[i:i + longest] for row in rows[name] for i in range(0, len(row), longest)]
-            for name in ("sentences", "offsets") if name in rows}
-    return Document(document.key, rows.pop("sentences"), rows)
+    def pieces(rows):
+        return [row[i:i + longest] for row in rows for i in range(0, len(row), longest)]
+    kept = {k: pieces(rows) for k, rows in document.annotations.items() if k == "offsets"}
+    return Document(document.key, pieces(document.sentences), kept)
 
 def choose_tasks(names):
     """Fresh copies of the named tasks, without data, the simplest first."""
@@ -607,8 +612,8 @@ STARTER = (r"(?:The|An?|This|That|These|Those|He|She|It|They|We|I|You|His|Her|It
            r"|On|At|By|From|For|With|As|After|Before|When|While|If|But|And|Or|So|There|However)\b")
 WORD = re.compile(
     r"(?:https?://|www\.)\S*[\w/]|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+|" + ABBREVIATION
-    + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*|\w+(?=n['’]t\b)"
-    r"|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
+    + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
+    r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
 SENTENCE_END = re.compile(
     r"(?:" + ABBREVIATION + r"|\.{2,}|…)(?!\.|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
     r"|((?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*[A-Z0-9]))")

@@ -1514,12 +1514,12 @@ class ScreenTest(unittest.TestCase):
                 for d in trainer.tasks[0].data["dev"]}
         head.decode = lambda x, embedded, batch: [gold[tuple(d.sentences[0])]
                                                   for d in batch.documents]
-        marks = [re.findall(r"^ +(right|wrong|key) ", self.printed(train.print_examples, trainer),
+        marks = [re.findall(r"^ +(right|wrong|gold) ", self.printed(train.print_examples, trainer),
                             re.M)]
         head.decode = lambda *_: [[]]
-        marks.append(re.findall(r"^ +(right|wrong|key) ",
+        marks.append(re.findall(r"^ +(right|wrong|gold) ",
                                 self.printed(train.print_examples, trainer), re.M))
-        self.assertEqual(marks, [["right"] * 2, ["wrong", "key"] * 2])
+        self.assertEqual(marks, [["right"] * 2, ["wrong", "gold"] * 2])
 
     def test_when_more_epochs_may_help(self):
         trainer = tiny_trainer(("ner",))
@@ -1611,6 +1611,25 @@ class RunTest(FolderTest):
         train.write(Path(folder, "best.pt"), {
             "settings": asdict(settings), "vocabulary": vocabulary.state(),
             "labels": {task.name: task.labels() for task in tasks}, "model": model.state_dict()})
+
+    def test_killed_between_log_and_checkpoint(self):
+        log, checkpoint = Path("r/log.jsonl"), train.load("r/checkpoint.pt")
+        for kept in (1, 0):
+            settings = Settings(**checkpoint["settings"])
+            tasks, vocabulary, model = quietly(train.build, settings, checkpoint, Path("r"))
+            trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, "r")
+            history = checkpoint["history"][:kept]
+            train.restore_run(trainer, checkpoint | {"history": history})
+            self.assertEqual(list(map(json.loads, log.read_text().splitlines())), history)
+            train.start_run(trainer)                 # refuses a folder with a log of epochs
+
+    def test_vectors_without_a_word_of_their_own(self):
+        lines = Path("vectors.txt").read_text().splitlines(keepends=True)
+        Path("vectors.txt").write_text("".join(x for x in lines if "zebra" not in x))
+        quietly(train.main, shlex.split(f"{self.TRAIN} --run known --epochs 1"))
+        model, vocabulary = train.load_run("known")
+        self.assertEqual(len(vocabulary.words), len(vocabulary.counts))
+        self.assertEqual(tuple(model.embedder.words.frozen.shape), (0, 8))
 
     def test_results_hold_labels_and_confusions(self):
         row = json.loads(Path("r/results.json").read_text())["tasks"]["ner"]

@@ -10,8 +10,9 @@ proportional to its batches, take its next batch, make one step of that task's o
 the whole model. Every task is scored on dev after every epoch, keeps its best weights, and training
 ends when no task improves.
 
-Every epoch seeds itself from (seed, epoch), a batch from (seed, task, its number). So no
-generator state is saved, and a resumed run equals an uninterrupted one bit for bit (on a CPU).
+Every epoch seeds itself from (seed, epoch), the order of a task's batches from (seed, task, pass
+over its data). So no generator state is saved, and a resumed run equals an uninterrupted one bit
+for bit (on a CPU).
 
 Left out for the reader's sake, and found below the banner: several processes, files, the screen,
 prediction, the command line.
@@ -280,11 +281,14 @@ def save_run(trainer):
         path = trainer.folder / name
         if values and (best_epoch(values) == len(values) - 1 or not path.exists()):
             write(path, trained)
-    write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
+    write_log(trainer)
     write(trainer.folder / "checkpoint.pt", {
         **trained, "data": trainer.data, "steps": trainer.steps, "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
+
+def write_log(trainer):
+    write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
 
 def restore_run(trainer, checkpoint):
     """Everything but the model, which `build` has loaded."""
@@ -303,6 +307,7 @@ def restore_run(trainer, checkpoint):
     trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
     trainer.history = checkpoint["history"]
     trainer.mean_scores()                                      # an error if it is damaged
+    write_log(trainer)           # a killed run may have logged an epoch that its checkpoint lacks
     for name in ["best.pt", *(f"best-{task.name}.pt" for task in trainer.tasks)]:
         if trainer.history and not (trainer.folder / name).exists():
             print(f"{trainer.folder / name} is gone: the next epoch's weights take its place")
@@ -310,12 +315,12 @@ def restore_run(trainer, checkpoint):
 def write_results(trainer):
     """Final scores, into results.json and returned: of each task's own best weights, as in the
     paper, and of the one model with the best mean, which stays loaded."""
-    gathered(None)                                   # the first process has written the weights
+    gathered(None)                    # waits until the first process has written the weights
     model, tasks = trainer.model, {}
     for task in trainer.tasks:
         scores, steps = trainer.dev_scores(task), trainer.steps[task.name]
         own_best = final_scores(trainer, task, f"best-{task.name}.pt")
-        pairs = model.metrics[task.name].confusions
+        pairs = model.metrics[task.name].confusions      # of test, which was scored last
         tasks[task.name] = {
             "steps": steps, "passes": steps / task.n_batches(trainer.settings.batch_size),
             "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1],
@@ -474,15 +479,15 @@ def print_results(trainer, results):
         print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
 
 def print_examples(trainer):
-    """Two short dev documents of every task, as predicted; the key too if that is wrong."""
+    """Two short dev documents of every task, as predicted; gold too if that is wrong."""
     trainer.model.eval()
     for task in trainer.tasks:
         print(f"\n{task.name}, dev")
         names, dev = [task.annotation], task.data["dev"]
         for document in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
             found = next(annotate(trainer.model, [document], trainer.vocabulary))
-            found, key = annotated_lines(found, names), annotated_lines(document, names)
-            versions = {"right": key} if found == key else {"wrong": found, "key": key}
+            found, gold = annotated_lines(found, names), annotated_lines(document, names)
+            versions = {"right": gold} if found == gold else {"wrong": found, "gold": gold}
             for mark, lines in versions.items():
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
 
@@ -591,7 +596,7 @@ def predict(folder, paths, form, device):
            ", ".join(tagged) or "none")
     whole = form == "json" or any(task.whole_documents for task in model.tasks.values())
     for path in paths:
-        documents = to_predict(path, [*tagged, "ner"][0], whole)
+        documents = to_predict(path, tagged[0] if tagged else "ner", whole)
         for document, found in zip(documents, annotate(model, documents, vocabulary)):
             lines = ([to_json(found)] if form == "json" else annotated_lines(found, keys)
                      if form == "text" else column_lines(document, found, tagged[0]))
@@ -610,8 +615,8 @@ def to_predict(path, key, whole):
 
 def column_lines(document, found, key):
     """A word, its tag in the document if it has the key, and the predicted one: for conlleval."""
-    lines = []
-    for parts in zip(*(cut_documents([d], 1) for d in (document, found) if key in d.annotations)):
+    lines, versions = [], [d for d in (document, found) if key in d.annotations]
+    for parts in zip(*(cut_documents([version], 1) for version in versions)):
         tags = [tags_of(part.annotations[key][0], len(part)) for part in parts]
         tags = [[{"U": "B", "L": "I"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in tags]
         lines += [" ".join(row) for row in zip(parts[0].sentences[0], *tags)] + [""]
@@ -624,7 +629,7 @@ def print_evaluation(folder, path, device):
     annotated = [(task, read_documents(path, task)) for task in model.tasks.values()]
     expect(any(rows for _, rows in annotated), path, "the key of a task of the run", "none")
     for task, documents in annotated:
-        documents = cut_documents(documents, sys.maxsize if task.whole_documents else 1)
+        documents = task.parts(documents)
         if documents:
             unit = "documents" if task.whole_documents else "sentences"
             print(f"\n{task.name}: {path}, {len(documents)} {unit}")
@@ -643,7 +648,7 @@ def print_labels(scores, pairs):
     errors = [(pair, n) for pair, n in pairs.most_common() if len({*pair}) > 1]
     for i, ((right, found), n) in enumerate(errors[:8]):
         if i == 0:
-            print("\n  most frequent errors: in the key, found, times")
+            print("\n  most frequent errors: gold, found, times")
         print(f"  {visible(right or '-'):24.24s} {visible(found or '-'):24.24s} {n:5d}")
 
 # The command line.
