@@ -1904,6 +1904,16 @@ class CommandLineTest(FolderTest):
         self.assertEqual((done.returncode, done.stderr.count(b"\n")), (2, 1))
         self.assertIn(b"a folder", done.stderr)
 
+    def test_own_code_of_the_readme(self):
+        code = (HERE / "README.md").read_text().split("In your own code:")[1].split("```")[1]
+        code = code.removeprefix("python").replace("n_epochs=5", "n_epochs=1")
+        code = code.replace('("ner", "rel"))', '("ner", "rel"), encoder="1x8")')
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+        self.assertIn("\n{'ner': [[", printed.getvalue())
+        self.assertTrue(Path("runs/mine/best.pt").exists())
+
     def test_every_command_of_the_readme_parses(self):
         text = (HERE / "README.md").read_text()
         lines = re.findall(r"^(?!.*`).*\btrain\.py (.*?)(?:  #.*)?$", text, re.M)
