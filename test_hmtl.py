@@ -1503,6 +1503,7 @@ class ScreenTest(unittest.TestCase):
         self.assertEqual(len(lines), 3)
         pairs = confusions(document.annotations["ner"][0], [(0, 0, f"Y{odd}")])
         lines += self.printed(train.print_labels, {"f1": 1.0}, pairs).split("\n")
+        lines += train.column_lines(document, document, "ner")
         self.assertFalse({*odd} & {*"".join(lines)})
         self.assertIn(r"a\x01\x02", lines[0])
         self.assertIn("é", lines[0])

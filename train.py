@@ -619,7 +619,7 @@ def column_lines(document, found, key):
     for parts in zip(*(cut_documents([version], 1) for version in versions)):
         tags = [tags_of(part.annotations[key][0], len(part)) for part in parts]
         tags = [[{"U": "B", "L": "I"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in tags]
-        lines += [" ".join(row) for row in zip(parts[0].sentences[0], *tags)] + [""]
+        lines += [visible(" ".join(row)) for row in zip(parts[0].sentences[0], *tags)] + [""]
     return lines
 
 def print_evaluation(folder, path, device):
