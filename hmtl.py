@@ -121,7 +121,8 @@ class Encoder(nn.Module):
 
     A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences take
     1.7 to 2.5 times as long. Here two LSTMs read forward, one of them every sentence turned around
-    within its own length, so both meet the padding last, where nothing depends on it.
+    within its own length, so both meet the padding last, where nothing depends on it. (Without
+    biases a backward state stays zero in the padding before it; its gradient grew there to inf.)
     """
 
     def __init__(self, width, shape, dropout):
