@@ -605,9 +605,10 @@ def add_sentence(document, template, relations, cast, previous, rng):
 COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
 ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else spans, labels
 # Raw text. After an abbreviation, an initial or "...", a sentence ends only before a STARTER.
-ABBREVIATION = (r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Gen|Sen|Rep|Gov|Lt|Col|Capt|Sgt|Rev|Jr|Sr|Inc|Co"
-                r"|Corp|Ltd|Bros|vs|etc|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec"
-                r"|No(?=\.\s*\d)|[A-Za-z]{1,2}(?:\.[A-Za-z])+|[A-Z](?=\.\s*\S))\.)")
+ABBREVIATION = (r"(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|Prof|St|Mt|Ft|Gen|Sen|Rep|Gov|Lt|Col|Capt|Sgt|Maj"
+                r"|Adm|Cmdr|Rev|Hon|Atty|Jr|Sr|Inc|Co|Corp|Ltd|Plc|Bros|Ave|vs|etc"
+                r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|(?:No|[Pp]|Fig)(?=\.\s*\d)"
+                r"|[A-Za-z]{1,2}(?:\.[A-Za-z])+|[A-Z](?=\.\s*\S))\.)")
 STARTER = (r"(?:The|An?|This|That|These|Those|He|She|It|They|We|I|You|His|Her|Its|Their|Our|My|In"
            r"|On|At|By|From|For|With|As|After|Before|When|While|If|But|And|Or|So|There|However)\b")
 WORD = re.compile(
@@ -615,7 +616,8 @@ WORD = re.compile(
     + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
     r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
 SENTENCE_END = re.compile(
-    r"(?:" + ABBREVIATION + r"|\.{2,}|…)(?!\.|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
+    r"(?:" + ABBREVIATION + r"|\.{2,}|…)"
+    r"(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
     r"|((?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*[A-Z0-9]))")
 # The built-in corpus: invented news. A name is a random stem and an ending. Most endings tell the
 # type, so a test name can be classified though never seen; AMBIGUOUS ones only by the sentence. "P

@@ -1338,6 +1338,7 @@ class InputTest(unittest.TestCase):
                      "The small, i.e. Nordex, fell.|U.S. President Bo met Acme Co. Chairman Zor",
                      "He met Nordex Inc.|The firm is No. 5 of 9.|Is it?|No.|Ten left Acme Inc. Bo",
                      "Well... yes.|Well... Ada left.|He left ...|The firm stayed!|5 left.|Bo?!|Ada",
+                     "From the U.S.?|Is it Acme Inc.?|See p. 12 of Gov. Bo.|What...?|Nobody",
                      'He said: "I left."|"No!"|Bo said.|(It is so.)|“The firm left.”|She left.',
                      "Nordex\nbuys\na plant.", "Nordex buys a plant|\nAda left", "Ada|\n \nleft",
                      "Nordex buys a plant|\n\"Ada left,\" Bo said\nand left.|\nHe left.",

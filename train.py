@@ -414,7 +414,7 @@ def print_epoch(trainer):
         cell = f"{scores[-1]:5.1f}{star}" if any(scores) else "none yet"
         line += f"  {task.name} {cell:8s}"
     if n == 1:
-        line += f"  at most {seconds * (trainer.settings.epochs - 1) / 60:.1f} minutes to go"
+        line += f"  at most {seconds * (trainer.settings.epochs - 1):.0f} s to go"
     print(line.rstrip(), flush=True)
 
 def compare_threads(trainer):
@@ -470,8 +470,8 @@ def print_results(trainer, results):
     print()
     n = len(trainer.history)
     for name, row in results["tasks"].items():
-        rising = row["best_epoch"] == n or not row["best_dev"]
-        more = f": --epochs {2 * n} may help" if rising else ""
+        more = f": --epochs {2 * n} may help" if row["best_epoch"] == n else ""
+        more = more if row["best_dev"] else f", scored nothing: --epochs {2 * n} may help"
         print("{}: best at epoch {best_epoch} of {}{}; dev {best_dev:.2f} then, {last_dev:.2f} at "
               "the end; {steps} steps, {passes:.1f} passes over its data".format(
                   name, n, more, **row))
