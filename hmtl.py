@@ -61,7 +61,7 @@ class Settings:
     successive_delta: float = 1e-2     # penalty on the drift of shared weights, if successive
     epochs: int = 40                   # an epoch: as many steps as there are batches in all
     patience: int = 20                 # training ends when no task improved for so many epochs
-    lr_patience: int = 4               # a task's rate is halved after more epochs without a best
+    lr_patience: int = 4               # after more epochs without a best, a task's rate is halved
     seed: int = 0                      # everything random follows from it
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
@@ -121,8 +121,9 @@ class Encoder(nn.Module):
 
     A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences take
     1.7 to 2.5 times as long. Here two LSTMs read forward, one of them every sentence turned around
-    within its own length, so both meet the padding last, where nothing depends on it. (Without
-    biases a backward state stays zero in the padding before it; its gradient grew there to inf.)
+    within its own length, so both meet the padding last, where nothing depends on it. A single
+    bidirectional one without biases would keep the state at zero in the padding, but the gradient
+    of its backward half would go on through 100 and more steps of it, and was seen to overflow.
     """
 
     def __init__(self, width, shape, dropout):

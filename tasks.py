@@ -68,7 +68,8 @@ class Task:
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them without one: all documents that
-        carry its annotation. Coreference cuts longer ones for training. Raises InputError."""
+        carry its annotation. For training, coreference cuts those of more than max_tokens. Raises
+        InputError."""
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
             longest = max_tokens if split == "train" else sys.maxsize
@@ -274,6 +275,10 @@ def label_scores(pairs):
         rows[label] = {**scores.compute(), "predicted": predicted[label], "gold": gold[label]}
     return rows
 
+def label_errors(pairs):
+    """[((gold label, predicted label), number)] of those that differ, the most frequent first."""
+    return [(pair, n) for pair, n in pairs.most_common() if len({*pair}) > 1]
+
 def overlaps(predicted, gold):
     """{(i, j): how many mentions predicted cluster i and gold cluster j share}, where they do."""
     i, j = ({mention: number for number, cluster in enumerate(clusters) for mention in cluster}
@@ -373,11 +378,14 @@ def file_of(folder, split):
     return Path(folder, found[0])
 
 def read_documents(path, task):
-    """The documents of a file that carry the task's annotation: JSON, or else columns."""
-    spans = "emd" if task.annotation == "emd" else "ner"
-    is_json = path.suffix in (".json", ".jsonl")
-    documents = read_json(path) if is_json else read_columns(path, spans)
+    """The documents of a file that carry the task's annotation."""
+    documents = read_annotated(path, "emd" if task.annotation == "emd" else "ner")
     return [d for d in documents if len(d) and task.annotation in d.annotations]
+
+def read_annotated(path, annotation):
+    """All documents of a file of JSON lines, or else of columns with tags of that annotation."""
+    is_json = Path(path).suffix in (".json", ".jsonl")
+    return read_json(path) if is_json else read_columns(path, annotation)
 
 def read_lines(path):
     """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""

@@ -43,8 +43,8 @@ from torch.utils.benchmark import Timer
 
 from hmtl import HEADS, HIERARCHY, HMTL, Settings, Tagger, annotate
 from tasks import (InputError, Vocabulary, choose_tasks, cut_documents, cut_sentences, expect,
-                   file_of, label_scores, make_batch, outermost, read_columns, read_documents,
-                   read_json, read_text, read_vectors, tags_of, to_json)
+                   file_of, label_errors, label_scores, make_batch, outermost, read_annotated,
+                   read_documents, read_text, read_vectors, tags_of, to_json)
 
 # ------------------------------------------------------------------------------- which task next
 
@@ -325,7 +325,7 @@ def write_results(trainer):
             "steps": steps, "passes": steps / task.n_batches(trainer.settings.batch_size),
             "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1],
             "own_best": own_best, "labels": label_scores(pairs),
-            "confusions": [[*pair, n] for pair, n in pairs.most_common() if len({*pair}) > 1],
+            "confusions": [[*pair, n] for pair, n in label_errors(pairs)],
             "one_model": final_scores(trainer, task, "best.pt")}
     results = {"settings": asdict(trainer.settings), "tasks": tasks,
                "mixtures": {name: dict(zip(model.reads[name], weights.softmax(0).tolist()))
@@ -458,13 +458,16 @@ def print_start(trainer):
     print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*sizes))
     print(f"run folder: {trainer.folder}\n\ndev scores, * where they are the best so far")
 
+def score_names(scores):
+    return [name for name in scores if not name.endswith(("recall", "precision"))]
+
 def print_results(trainer, results):
     print("\nF1 on test in percent: of each task's own best weights, and of the one model with the "
           f"best mean on dev (epoch {results['one_model_epoch']})\n\n"
           "task   score        own best   one model   own best on dev")
     for name, row in results["tasks"].items():
         own, one, dev = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
-        for score in [s for s in own if not s.endswith(("recall", "precision"))]:
+        for score in score_names(own):
             print(f"{name:6s} {score:11s} {own[score]:9.2f} {one[score]:11.2f} "
                   f"{dev.get(score, np.nan):17.2f}")
     print()
@@ -604,10 +607,8 @@ def predict(folder, paths, form, device):
 
 def to_predict(path, key, whole):
     """The documents of .json, .jsonl or .conll, or of raw text: of its sentences, if not whole."""
-    suffix = Path(path).suffix
-    raw = suffix not in (".json", ".jsonl", ".conll")
-    documents = ([read_text(path)] if raw else read_columns(path, key) if suffix == ".conll"
-                 else read_json(path))
+    raw = Path(path).suffix not in (".json", ".jsonl", ".conll")
+    documents = [read_text(path)] if raw else read_annotated(path, key)
     for i, document in enumerate(documents):
         expect(len(document), f"{path}, {document.key}", "some words", "none")
         documents[i] = cut_sentences(document, f"{path}, {document.key}")
@@ -638,17 +639,17 @@ def print_evaluation(folder, path, device):
 
 def print_labels(scores, pairs):
     """Scores, then precision, recall and F1 of the labels, then the most frequent confusions."""
-    for name in [name for name in scores if not name.endswith(("recall", "precision"))]:
+    for name in score_names(scores):
         print(f"  {name:24s} {scores[name]:7.2f}")
-    for i, (label, row) in enumerate([*label_scores(pairs).items()][:20]):
-        if i == 0:
-            print("\n  label                    precision   recall       F1  predicted     gold")
+    rows, errors = label_scores(pairs), label_errors(pairs)
+    if rows:
+        print("\n  label                    precision   recall       F1  predicted     gold")
+    for label, row in list(rows.items())[:20]:
         print("  {:24.24s} {f1-precision:9.2f} {f1-recall:8.2f} {f1:8.2f} {predicted:10d} "
               "{gold:8d}".format(visible(label), **row))
-    errors = [(pair, n) for pair, n in pairs.most_common() if len({*pair}) > 1]
-    for i, ((right, found), n) in enumerate(errors[:8]):
-        if i == 0:
-            print("\n  most frequent errors: gold, found, times")
+    if errors:
+        print("\n  most frequent errors: gold, found, times")
+    for (right, found), n in errors[:8]:
         print(f"  {visible(right or '-'):24.24s} {visible(found or '-'):24.24s} {n:5d}")
 
 # The command line.
