@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tasks import (COREF_SCORES, Document, Scores, confusions, count_rows, make_batch, may_follow,
-                   shifted, spans_of, tags_of)
+from tasks import (COREF_SCORES, Document, Scores, by_length, confusions, count_rows, make_batch,
+                   may_follow, shifted, spans_of, tags_of)
 
 @dataclass
 class Settings:
@@ -38,6 +38,7 @@ class Settings:
     word_dim: int = 100                # width of word vectors, where there is no file of them
     char_dim: int = 16                 # width of character vectors
     char_filters: int = 64             # filters of the char CNN, each over three characters
+    contextual_dim: int = 128          # width to which vectors of --features are projected
     encoder: str = "1x200"             # BiLSTM of every task: layers x units per direction
     ner_encoder: str = ""              # the BiLSTM of this task, if not --encoder
     emd_encoder: str = ""              # the same
@@ -63,6 +64,7 @@ class Settings:
     patience: int = 20                 # training ends when no task improved for so many epochs
     lr_patience: int = 4               # after more epochs without a best, a task's rate is halved
     seed: int = 0                      # everything random follows from it
+    threads: int = 1                   # of the CPU; beside a busy program more are far slower
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
 # ---------------------------------------------------------------------------------- the hierarchy
@@ -88,8 +90,26 @@ def dropout(x, p, training, mask=1.0):
     kept = random_bytes(x.shape, x.device) >= limit
     return x * (kept * (mask * (256 / (256 - limit))))
 
+class LayerMixture(nn.Module):
+    """What ELMo does with the layers h_l of a frozen contextual encoder (Peters et al. 2018,
+    section 3): gamma sum_l softmax(w)_l h_l."""
+
+    def __init__(self, n_layers):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(n_layers))
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def forward(self, states):
+        """(L, B, T, F) -> (B, T, F)."""
+        return torch.tensordot(self.gamma * self.weights.softmax(0), states.float(), 1)
+
+    def shares(self):
+        weights = self.weights.softmax(0).tolist()
+        return {f"layer {i}": x for i, x in enumerate(weights)} | {"gamma": self.gamma.item()}
+
 class Embedder(nn.Module):
-    """[word vector; char CNN] of every token, computed once for each distinct word of a batch."""
+    """[word vector; char CNN] of every token, computed once for each distinct word of a batch; with
+    --features, a mixture of the token's contextual vectors too."""
 
     def __init__(self, vocabulary, settings, vectors=None):
         super().__init__()
@@ -98,14 +118,26 @@ class Embedder(nn.Module):
         nn.init.zeros_(self.chars.weight[1].data)       # unknown characters: never trained, so 0
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         self.dropout = settings.dropout
+        n_layers, width = vocabulary.contextual.shape
         self.width = settings.word_dim + settings.char_filters
+        self.mixture = None
+        if n_layers:
+            self.mixture = LayerMixture(n_layers)
+            self.project = nn.Linear(width, settings.contextual_dim)
+            nn.init.xavier_uniform_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
+            self.width += settings.contextual_dim
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
         words = self.words(batch.words)
         chars = self.char_features(batch)
         features = dropout(torch.cat([words, chars], 1), self.dropout, self.training)    # (U, E)
-        return F.embedding(batch.tokens, features)                            # (B, T, E)
+        x = F.embedding(batch.tokens, features)
+        if self.mixture:
+            contextual = self.project(self.mixture(batch.states)) * batch.mask[:, :, None]
+            x = torch.cat([x, dropout(contextual, self.dropout, self.training)], 2)
+        return x
 
     def char_features(self, batch):
         """Max over a word's characters c_t of relu(Q [c_t-1; c_t; c_t+1] + b), (U, filters). Words
@@ -630,8 +662,7 @@ def run_in_groups(encoder, x, batch, size=8):
     if batch.mask.numel() <= 1.5 * sum(batch.lengths):
         return encoder(x, batch.mask)
     output = x.new_zeros(*batch.mask.shape, encoder.width)
-    order = sorted(range(len(batch.lengths)), key=lambda i: batch.lengths[i])
-    for rows in [order[i:i + size] for i in range(0, len(order), size)]:
+    for rows in by_length(batch.lengths, size):
         longest = batch.lengths[rows[-1]]
         output[rows, :longest] = encoder(x[rows, :longest], batch.mask[rows, :longest])
     return output
@@ -746,8 +777,7 @@ def predict_sentences(model, sentences, vocabulary, window=1024, size=32):
     for start in range(0, len(sentences), window):
         part = sentences[start:start + window]
         found = [{}] * len(part)
-        order = sorted(range(len(part)), key=lambda i: len(part[i])) if names else []
-        for indices in [order[i:i + size] for i in range(0, len(order), size)]:
+        for indices in by_length([len(words) for words in part], size) if names else []:
             documents = [Document("", [part[i]]) for i in indices]
             batch = make_batch(documents, vocabulary).to(model.device())
             predictions = model.predict(batch, names)

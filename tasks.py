@@ -22,10 +22,12 @@ import gzip
 import json
 import math
 import re
+import runpy
 import sys
 import zlib
 from array import array
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -130,19 +132,21 @@ class Vocabulary:
 
     words: these two, those of the training documents, those that only the vector file has. counts:
     of the first two groups alone, how many training documents contain each; inf for the two.
+    contextual: `ContextualVectors`, what a frozen encoder of the user's makes of whole sentences.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
 
-    def __init__(self, words, chars, counts, more_words=()):
+    def __init__(self, words, chars, counts, more_words=(), contextual=None):
         self.words = [*words, *more_words]
         self.chars = chars
         self.counts = counts
+        self.contextual = contextual or ContextualVectors()
         self.word_ids = {word: i for i, word in enumerate(self.words)}
         self.char_ids = {char: i for i, char in enumerate(chars)}
         self.spellings = {}
 
     @classmethod
-    def from_documents(cls, documents, more_words=()):
+    def from_documents(cls, documents, more_words=(), contextual=None):
         # Count documents, not tokens: a name repeated in one document is still unseen elsewhere.
         seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
         lowered = {(key, word.lower()) for key, word in seen}
@@ -151,7 +155,7 @@ class Vocabulary:
         more_words = [word for word in more_words if word not in counts]
         chars = sorted({char for _, word in seen for char in word})
         return cls(["", "<unknown>", *words], ["", "<unknown>", *chars],
-                   [math.inf, math.inf, *(counts[word] for word in words)], more_words)
+                   [math.inf, math.inf, *(counts[word] for word in words)], more_words, contextual)
 
     def spelling(self, word):
         """The ids of a word's characters, and a 0."""
@@ -161,8 +165,8 @@ class Vocabulary:
         return self.spellings[word]
 
     def state(self):
-        words = self.words[:len(self.counts)]
-        return {"words": words, "chars": self.chars, "counts": self.counts}
+        return {"words": self.words[:len(self.counts)], "chars": self.chars,
+                "counts": self.counts, "contextual": [*self.contextual.shape]}
 
 @dataclass
 class Batch:
@@ -177,9 +181,10 @@ class Batch:
     words: torch.Tensor       # (U,) the distinct words' ids in the vocabulary; word 0 is padding
     chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and after words
     n_chars: torch.Tensor     # (U,) how many characters each has
+    states: torch.Tensor      # (L, B, T, F) contextual vectors, L layers of width F; L = 0: none
 
     def to(self, device):
-        tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars)
+        tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars, self.states)
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
 def make_batch(documents, vocabulary):
@@ -197,7 +202,7 @@ def make_batch(documents, vocabulary):
     n_chars = [len(spelling) - 1 for spelling in spellings]
     tokens = torch.from_numpy(tokens)
     return Batch(documents, lengths, tokens, tokens > 0, torch.tensor(ids), torch.tensor(chars),
-                 torch.tensor(n_chars))
+                 torch.tensor(n_chars), vocabulary.contextual(sentences))
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -252,6 +257,17 @@ def expect(condition, where, expected, found):
         plain = isinstance(found, str) and found.isprintable() and found.strip()
         found = found if plain else json.dumps(found)
         raise InputError(f"{where}: expected {expected}, found {found[:100]}")
+
+@contextmanager
+def one_line(message):
+    """InputError instead of the many kinds of errors that damaged or foreign files raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        found = getattr(error, "strerror", None) or repr(error)
+        raise InputError(f"{message}: {found[:200]}") from None
 
 def confusions(predicted, gold):
     """Counter of (gold label, predicted label) at every place that either has, a place being a row
@@ -507,6 +523,60 @@ def read_vectors(path):
             numbers += vector
     expect(words, path, "a word and its numbers on every line", "none")
     return list(words), np.frombuffer(numbers, dtype=np.float32).reshape(len(words), width)
+
+class ContextualVectors:
+    """The (layers, words, width) arrays that the function `features` in a Python file of the user's
+    returns for sentences, in half precision. Without a file, of 0 layers."""
+
+    def __init__(self, path="", shape=(0, 0)):
+        """shape: (layers, width), if a trained run says what they must be."""
+        self.path, self.shape, self.kept = path, shape, {}
+        if path or any(shape):
+            of_run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
+            expect(Path(path).is_file(), "--features", f"a file{of_run}", path or "none")
+            with one_line(f"{path}: expected Python code"):
+                self.function = runpy.run_path(path).get("features")
+            expect(callable(self.function), path, "a function features(sentences)", "none")
+
+    def __call__(self, sentences):
+        """(layers, sentences, words, width), zero on padding."""
+        keys = [tuple(words) for words in sentences] if self.path else []
+        kept = all(key in self.kept for key in keys)
+        tensors = [self.kept[key] for key in keys] if kept else self.compute(sentences)
+        n_layers, width = self.shape
+        longest = max(map(len, keys), default=0)
+        states = torch.zeros(n_layers, len(keys), longest, width, dtype=torch.half)
+        for i, tensor in enumerate(tensors):
+            states[:, i, :tensor.shape[1]] = tensor
+        return states
+
+    def compute(self, sentences, show=lambda done: None):
+        """A tensor for every sentence; the function gets sentences of like lengths together."""
+        tensors = [None] * len(sentences)
+        for n, indices in enumerate(by_length(list(map(len, sentences)), 32)):
+            show(32 * n)
+            words = [list(sentences[i]) for i in indices]
+            with one_line(f"{self.path}: features(): expected a list of arrays"):
+                arrays = [torch.as_tensor(array).detach().cpu() for array in self.function(words)]
+            expect(len(arrays) == len(words), self.path, f"{len(words)} arrays", str(len(arrays)))
+            for i, x in zip(indices, arrays):
+                tensors[i] = self.checked(x, len(sentences[i]))
+        return tensors
+
+    def checked(self, array, n):
+        where, found = f"{self.path}: features()", f"{array.dtype} {tuple(array.shape)}"
+        good = array.is_floating_point() and array.dim() == 3
+        self.shape = self.shape if any(self.shape) or not good else (len(array), array.shape[2])
+        wanted = self.shape[0], n, self.shape[1]
+        expect(good and array.shape == wanted, where, f"floats (layers, words, width), {wanted}",
+               found)
+        expect(array.half().isfinite().all(), where, "finite numbers up to 65504", "others")
+        return array.half()
+
+def by_length(lengths, size):
+    """Lists of up to size indices, those of like lengths together."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i:i + size] for i in range(0, len(order), size)]
 
 def read_text(path):
     """One document of raw text, with the character offsets of every word under "offsets"."""

@@ -32,9 +32,9 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from hmtl import (CRF, HIERARCHY, HMTL, Encoder, RelationHead, Settings, Tagger, annotate,
-                  clusters_of, dropout, gold_clusters, layout, predict_sentences, run_in_groups,
-                  with_spans, with_types)
+from hmtl import (CRF, HIERARCHY, HMTL, Encoder, LayerMixture, RelationHead, Settings, Tagger,
+                  annotate, clusters_of, dropout, gold_clusters, layout, predict_sentences,
+                  run_in_groups, with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed,
                    best_matching_sum, builtin_documents, ceaf_e, choose_tasks, confusions,
                    count_rows, cut_documents, cut_sentences, label_scores, make_batch, muc,
@@ -86,7 +86,8 @@ def quietly(call, *arguments):
 def overpadded(batch, tokens=5):
     """The same batch with more padding behind every sentence."""
     return replace(batch, tokens=nn.functional.pad(batch.tokens, (0, tokens)),
-                   mask=nn.functional.pad(batch.mask, (0, tokens)))
+                   mask=nn.functional.pad(batch.mask, (0, tokens)),
+                   states=nn.functional.pad(batch.states, (0, 0, 0, tokens)))
 
 
 def loss_and_gradient(model, name, batch):
@@ -1424,7 +1425,7 @@ class InputTest(unittest.TestCase):
         same = {"labels": {"ner": ["A", "Ltrain"]}, "vocabulary": vocabulary.state(),
                 "settings": asdict(settings), "model": model.state_dict()}
         _, again, rebuilt = train.build(settings, same, self.path.parent)
-        self.assertEqual(vars(again), vars(vocabulary))
+        self.assertEqual([again.state(), again.words], [vocabulary.state(), vocabulary.words])
         self.assertTrue(all(map(torch.equal, rebuilt.state_dict().values(),
                                 model.state_dict().values())))
         for other in ({"labels": {"ner": ["X"]}}, {"vocabulary": {
@@ -1780,6 +1781,166 @@ class RunTest(FolderTest):
             self.assertIn(b"Kell", process.stdout.readline())
             process.stdout.close()
             self.assertEqual(process.stderr.read(), b"")
+
+
+class FeaturesTest(FolderTest):
+    """Contextual vectors of the user's: three layers, which tell a word's place in its sentence."""
+    FILE = """
+import math
+import numpy as np
+def features(sentences):
+    return [np.array([[[math.sin(t + (layer + 1) * sum(map(ord, word)) + i) for i in range(4)]
+                       for t, word in enumerate(words)] for layer in range(3)])
+            for words in sentences]
+"""
+    TRAIN = "--tasks ner rel --data news --features f.py --encoder 1x12 --batch-size 4 --device cpu"
+
+    def setUp(self):
+        super().setUp()
+        Path("f.py").write_text(self.FILE)
+        Path("news").mkdir()
+        for i, split in enumerate(("train", "dev", "test")):
+            documents = builtin_documents(8, np.random.default_rng(i))
+            Path(f"news/{split}.jsonl").write_text("\n".join(map(to_json, documents)))
+
+    def built(self, *names):
+        settings = replace(TINY, tasks=names, data=("news",), device="cpu")
+        return quietly(train.build, settings, None, None, "f.py")
+
+    def test_mixture(self):
+        mixture, states = LayerMixture(3), torch.randn(3, 2, 5, 4).half()
+        with torch.no_grad():
+            mixture.weights.copy_(torch.tensor([0.0, 99.0, 0.0]))
+        torch.testing.assert_close(mixture(states), states[1].float())
+        with torch.no_grad():
+            mixture.weights.copy_(torch.tensor([1.0, -0.5, 2.0]))
+            mixture.gamma.fill_(1.7)
+        share = np.exp([1.0, -0.5, 2.0]) / np.exp([1.0, -0.5, 2.0]).sum()
+        expected = 1.7 * sum(a * x for a, x in zip(share, states.numpy().astype(float)))
+        np.testing.assert_allclose(mixture(states).detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+    def test_every_word_gets_its_own_vectors_and_they_are_frozen(self):
+        tasks, vocabulary, model = self.built("ner", "rel")
+        documents = tasks[0].data["train"][:4]
+        batch = make_batch(documents, vocabulary)
+        namespace = {}
+        exec(self.FILE, namespace)
+        embedder = model.eval().embedder
+        with torch.no_grad():
+            embedder.mixture.weights.copy_(torch.tensor([0.3, -1.0, 0.5]))
+        share = embedder.mixture.weights.softmax(0)
+        embedded = embedder(batch)
+        for b, document in enumerate(documents):
+            array, = namespace["features"](document.sentences)
+            for t in range(array.shape[1]):
+                mixed = sum(w * torch.tensor(x) for w, x in zip(share, array[:, t])).float()
+                expected = torch.cat([torch.cat([embedder.words(batch.words), embedder.char_features(batch)], 1)[batch.tokens[b, t]],
+                                      embedder.project(mixed)])
+                torch.testing.assert_close(embedded[b, t], expected, atol=1e-2, rtol=1e-2)
+            self.assertFalse(embedded[b, array.shape[1]:].any())
+        kept = {words: x.clone() for words, x in vocabulary.contextual.kept.items()}
+        trainer = train.MultiTaskTrainer(model, tasks, vocabulary, TINY, "unused")
+        before = model.embedder.mixture.weights.clone()
+        for task in tasks:
+            model.train()
+            trainer.train_step(task)
+        self.assertFalse(torch.equal(model.embedder.mixture.weights, before))
+        self.assertFalse(any(x.requires_grad for x in vocabulary.contextual.kept.values()))
+        self.assertTrue(all(torch.equal(x, kept[words]) for words, x in
+                            vocabulary.contextual.kept.items()))
+
+    def test_alone_equals_batched(self):
+        tasks, vocabulary, model = self.built(*ALL)
+        for task in tasks:
+            documents = task.data["train"][:1 if task.whole_documents else 4]
+            whole = make_batch(documents, vocabulary)
+            loss, gradient = loss_and_gradient(model, task.name, whole)
+            wide = loss_and_gradient(model, task.name, overpadded(whole))
+            alone = [loss_and_gradient(model, task.name, make_batch([d], vocabulary))
+                     for d in documents]
+            self.assertAlmostEqual(loss, wide[0], places=4)
+            self.assertAlmostEqual(loss, np.mean([x for x, _ in alone]), places=4)
+            for i, expected in enumerate(gradient):
+                mean = torch.stack([g[i] for _, g in alone]).mean(0)
+                torch.testing.assert_close(mean, expected, atol=2e-5, rtol=1e-4)
+
+    def test_each_sentence_once_in_groups_of_like_lengths(self):
+        Path("f.py").write_text(self.FILE.replace("features", "inner") + """
+def features(sentences):
+    with open("calls", "a") as file:
+        print(*("_".join(words) for words in sentences), file=file)
+    return inner(sentences)
+""")
+        tasks, *_ = self.built("ner", "coref")
+        groups = [line.split() for line in Path("calls").read_text().splitlines()]
+        asked = [sentence for group in groups for sentence in group]
+        self.assertEqual(sorted(asked), sorted({"_".join(words) for task in tasks
+                         for documents in task.data.values() for d in documents
+                         for words in d.sentences}))
+        lengths = [sentence.count("_") for sentence in asked]
+        self.assertEqual(lengths, sorted(lengths))
+        self.assertEqual({len(group) for group in groups[:-1]}, {32})
+
+    def test_a_run_resumes_predicts_and_evaluates_with_its_file(self):
+        self.output(f"{self.TRAIN} --run whole --epochs 3")
+        out = self.output(f"{self.TRAIN} --run r --epochs 1")
+        self.assertRegex(out, r"features: \d+ sentences, 3 layers of width 4, ")
+        self.assertRegex(out, r"every encoder reads 0\.\d\d layer 0, .* layer 2, \d\.\d\d gamma")
+        self.output("--run r --resume --epochs 3 --features f.py")
+        for name in ("best.pt", "best-ner.pt"):
+            states = [train.load(f"{run}/{name}")["model"] for run in ("whole", "r")]
+            self.assertTrue(all(torch.equal(x, states[1][key]) for key, x in states[0].items()))
+        logs = [Path(run, "log.jsonl").read_text() for run in ("whole", "r")]
+        self.assertEqual(*logs)
+        scores = json.loads(Path("r/results.json").read_text())["tasks"]["ner"]["one_model"]["test"]
+        out = self.output("--run r --evaluate news --features f.py")
+        self.assertRegex(out, rf"f1 +{scores['f1']:.2f}\n")
+        predicted = self.output("--run r --predict news/test.jsonl --features f.py --json")
+        model, vocabulary = train.load_run("r", features="f.py")
+        documents = read_json("news/test.jsonl")
+        expected = [to_json(d) for d in annotate(model, documents, vocabulary)]
+        self.assertEqual(predicted.splitlines(), expected)
+        self.assertEqual(vocabulary.contextual.kept, {})            # a text may be long
+
+    def test_refusals(self):
+        self.output(f"{self.TRAIN} --run r --epochs 1")
+        self.output(f"{self.TRAIN.replace('--features f.py', '')} --run without --epochs 1")
+        for line in ("--resume", "--predict news/test.jsonl", "--evaluate news"):
+            self.refused(f"--run r {line}", "--features: expected a file, as the run.s, of 3 layers of width 4, found none")
+            self.refused(f"--run without {line} --features f.py", "--features: expected none, as in")
+            self.refused(f"--run r {line} --features no.py", "--features: expected .* found no.py")
+        inner = self.FILE.replace("features", "inner") + "def features(sentences):\n "
+        for change, pattern in [
+                ("return [x[:2] for x in inner(sentences)]", r"\(3, \d+, 4\), found .*\(2, "),
+                ("return [x[:, :, :3] for x in inner(sentences)]", r"\(3, \d+, 4\), found .*, 3\)"),
+                ("return [x[:, 1:] for x in inner(sentences)]", r"\(3, \d+, 4\), found"),
+                ("return [x[0] for x in inner(sentences)]", r"\(3, \d+, 4\), found"),
+                ("return [x.astype(int) for x in inner(sentences)]", r"floats .* found torch.int"),
+                ("return [x * np.nan for x in inner(sentences)]", "finite numbers"),
+                ("return [x * 1e6 for x in inner(sentences)]", "finite numbers up to 65504"),
+                ("return inner(sentences)[1:]", "expected 32 arrays, found 31"),
+                ("return ['no array' for _ in sentences]", "expected a list of arrays"),
+                ("return None", "expected a list of arrays: TypeError"),
+                ("raise KeyError('a word')", r"features\(\).*: KeyError\('a word'\)")]:
+            Path("g.py").write_text(inner + change + "\n")
+            self.refused("--run r --resume --epochs 2 --features g.py", pattern)
+        for text, pattern in [("features = 3", r"a function features\(sentences\)"),
+                              ("def other(): pass", r"a function features\(sentences\)"),
+                              ("def (", "g.py: expected Python code: SyntaxError"),
+                              ("import nowhere", "g.py: expected Python code: ModuleNotFound")]:
+            Path("g.py").write_text(text)
+            self.refused("--run r --predict news/test.jsonl --features g.py", pattern)
+            self.refused("--tasks ner --data news --run new --features g.py", pattern)
+        self.assertFalse(Path("new").exists())
+
+    def test_floats_of_any_kind(self):
+        _, vocabulary, _ = self.built("ner")
+        words, expected = ["a", "b", "c"], torch.randn(3, 3, 4)
+        for array in (expected.numpy(), expected.double(), expected.tolist(), expected.half(),
+                      expected.clone().requires_grad_(), expected.bfloat16()):
+            vocabulary.contextual.function = lambda sentences: [array]
+            torch.testing.assert_close(vocabulary.contextual([words])[:, 0], expected.half(),
+                                       atol=0.02, rtol=0.02)
 
 
 class CommandLineTest(FolderTest):

@@ -29,7 +29,6 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import chain, count
 from pathlib import Path
@@ -39,12 +38,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.benchmark import Timer
 
 from hmtl import HEADS, HIERARCHY, HMTL, Settings, Tagger, annotate
-from tasks import (InputError, Vocabulary, choose_tasks, cut_documents, cut_sentences, expect,
-                   file_of, label_errors, label_scores, make_batch, outermost, read_annotated,
-                   read_documents, read_text, read_vectors, tags_of, to_json)
+from tasks import (ContextualVectors, InputError, Vocabulary, choose_tasks, cut_documents,
+                   cut_sentences, expect, file_of, label_errors, label_scores, make_batch, one_line,
+                   outermost, read_annotated, read_documents, read_text, read_vectors, tags_of,
+                   to_json)
 
 # ------------------------------------------------------------------------------- which task next
 
@@ -331,6 +330,8 @@ def write_results(trainer):
                "mixtures": {name: dict(zip(model.reads[name], weights.softmax(0).tolist()))
                             for name, weights in model.mixtures.items()},
                "one_model_epoch": best_epoch(trainer.mean_scores()) + 1}
+    if model.embedder.mixture:
+        results["mixtures"]["every encoder"] = model.embedder.mixture.shares()
     write(trainer.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -354,17 +355,6 @@ def write(path, content):
     except (OSError, RuntimeError) as error:         # a full disk; torch makes it a RuntimeError
         temporary.unlink(missing_ok=True)
         raise Stopped(f"{path}: {error!r:.200}; earlier files of the run are intact") from None
-
-@contextmanager
-def one_line(message):
-    """InputError instead of the many kinds of errors that damaged or foreign files raise."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        found = getattr(error, "strerror", None) or repr(error)
-        raise InputError(f"{message}: {found[:200]}") from None
 
 def load(path, device="cpu"):
     """Tensors and plain values, no code. zipfile compares the checksums, which torch does not."""
@@ -416,18 +406,6 @@ def print_epoch(trainer):
     if n == 1:
         line += f"  at most {seconds * (trainer.settings.epochs - 1):.0f} s to go"
     print(line.rstrip(), flush=True)
-
-def compare_threads(trainer):
-    """Says so if several threads are slower than one, as they can be, many times, beside other
-    programs: they wait for one another at every operation."""
-    n, task = torch.get_num_threads(), trainer.tasks[0]
-    batch = make_batch(task.data["dev"][:task.batch_size(32)], trainer.vocabulary)
-    names = {"model": trainer.model.eval(), "batch": batch, "tasks": [task.name]}
-    timers = [Timer("model.predict(batch, tasks)", globals=names, num_threads=k) for k in (1, n)]
-    one, several = (timer.blocked_autorange(min_run_time=0.2).median for timer in timers)
-    if several > 1.5 * one:
-        print(f"{n} threads take {several / one:.1f} times as long as one here: stop, "
-              "set OMP_NUM_THREADS=1")
 
 def print_start(trainer):
     settings, model = trainer.settings, trainer.model
@@ -531,7 +509,7 @@ def annotated_lines(document, names):
     return [visible(line) for line in lines]
 
 # A model from settings.
-def build(settings, checkpoint=None, folder=None):
+def build(settings, checkpoint=None, folder=None, features=""):
     """(tasks with data, vocabulary, model), from the settings or with the weights of a run."""
     check_settings(settings)
     tasks, device = choose_tasks(settings.tasks), device_of(settings.device)
@@ -539,8 +517,11 @@ def build(settings, checkpoint=None, folder=None):
     for task in tasks:
         task.load_data(folders.get(task.name), settings.max_tokens)
     if checkpoint:
-        model, vocabulary = load_run(folder, device, checkpoint)
+        model, vocabulary = load_run(folder, device, checkpoint, features)
+        keep_features(vocabulary.contextual, tasks)
         return tasks, vocabulary, model
+    contextual = ContextualVectors(features)
+    keep_features(contextual, tasks)
     documents, words, vectors = [d for t in tasks for d in t.data["train"]], [], None
     if settings.vectors:
         words, values = read_vectors(settings.vectors)
@@ -551,12 +532,27 @@ def build(settings, checkpoint=None, folder=None):
         share = sum(seen[word] for word in known) / seen.total()
         print(f"vectors of {len(known)} of {len(seen)} training words, {share:.1%} of the tokens")
         expect(known, settings.vectors, "words of the training documents", "none")
-    vocabulary = Vocabulary.from_documents(documents, words)
+    vocabulary = Vocabulary.from_documents(documents, words, contextual)
     labels = {task.name: task.labels() for task in tasks}
     torch.manual_seed(settings.seed)
     return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
 
-def load_run(folder, device="cpu", state=None):
+def keep_features(contextual, tasks):
+    """Computes the contextual vectors of all sentences of the run, once."""
+    if not contextual.path:
+        return
+    started = time.time()
+    documents = chain.from_iterable(chain(*task.data.values()) for task in tasks)
+    sentences = sorted({tuple(words) for d in documents for words in d.sentences})
+    tensors = contextual.compute(sentences, lambda done: show_progress(
+        f"features: {done} of {len(sentences)} sentences, {time.time() - started:.0f} s"))
+    contextual.kept = dict(zip(sentences, tensors))
+    show_progress("")
+    size = sum(x.numel() * x.element_size() for x in tensors) / 1e6
+    print("features: {} sentences, {} layers of width {}, {:.0f} MB, {:.0f} s".format(
+        len(sentences), *contextual.shape, size, time.time() - started))
+
+def load_run(folder, device="cpu", state=None, features=""):
     """(model, vocabulary) of a run, to predict with; or of the state of a checkpoint."""
     state, words, vectors = state or load(Path(folder, "best.pt")), [], None
     with one_line(f"{folder}: expected checkpoints of train.py"):
@@ -566,7 +562,11 @@ def load_run(folder, device="cpu", state=None):
             stored = load(Path(folder, "vectors.pt"))
             words = stored["words"].split("\n")[:-1]
             vectors = words, stored["vectors"]
-        vocabulary = Vocabulary(**state["vocabulary"], more_words=words)
+        shape = tuple(state["vocabulary"]["contextual"])
+        expect(any(shape) or not features, "--features", "none, as in the run", features)
+        contextual = ContextualVectors(features, shape)
+        vocabulary = Vocabulary(**state["vocabulary"] | {"contextual": contextual},
+                                more_words=words)
         model = HMTL(choose_tasks(settings.tasks), state["labels"], vocabulary, settings, vectors)
         model.load_state_dict(state["model"])
     return model.to(device).eval(), vocabulary
@@ -590,9 +590,9 @@ def device_of(name):
         torch.zeros(1, device=name).tolist()             # an error if there is no such device
     return torch.device(name)
 
-def predict(folder, paths, form, device):
+def predict(folder, paths, form, device, features):
     """Prints the documents at the paths with all that best.pt finds."""
-    model, vocabulary = load_run(folder, device)
+    model, vocabulary = load_run(folder, device, features=features)
     keys = [task.annotation for task in model.tasks.values()]
     tagged = [key for key, head in zip(keys, model.heads.values()) if isinstance(head, Tagger)]
     expect(form != "columns" or len(tagged) == 1, "--columns", "a run with one tagger",
@@ -623,9 +623,9 @@ def column_lines(document, found, key):
         lines += [visible(" ".join(row)) for row in zip(parts[0].sentences[0], *tags)] + [""]
     return lines
 
-def print_evaluation(folder, path, device):
+def print_evaluation(folder, path, device, features):
     """The scores of best.pt on a file, or on the test file of a folder."""
-    model, vocabulary = load_run(folder, device)
+    model, vocabulary = load_run(folder, device, features=features)
     path = file_of(path, "test") if Path(path).is_dir() else Path(path)
     annotated = [(task, read_documents(path, task)) for task in model.tasks.values()]
     expect(any(rows for _, rows in annotated), path, "the key of a task of the run", "none")
@@ -697,6 +697,8 @@ def parse(arguments):
         help="predict JSON lines")
     add("--columns", dest="form", action="store_const", const="columns",
         help="predict columns: word, tag of the file if it has one, predicted tag")
+    add("--features", metavar="FILE.py", default="",
+        help="your contextual vectors: a function features(sentences) (see the README)")
     add("--evaluate", metavar="PATH", help="score on an annotated file, or a folder's test file")
     helps = dict(re.findall(r"^    (\w+): .*# (.+)", inspect.getsource(Settings), re.M))
     for f in fields(Settings):
@@ -704,32 +706,34 @@ def parse(arguments):
         add(FLAGS[f.name], default=argparse.SUPPRESS, choices=CHOICES.get(f.name), **kind,
             help=f"{helps[f.name]} (default: {shown(f.default)})")
     given = vars(parser.parse_args(arguments))
-    other = [given.pop(name) for name in ("run", "resume", "predict", "evaluate", "form")]
+    names = ("run", "resume", "predict", "evaluate", "features", "form")
+    other = [given.pop(name) for name in names]
     if "tasks" in given:                                       # in the order of the hierarchy
         given["tasks"] = [task.name for task in choose_tasks(given["tasks"])]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 def main(arguments=None):
-    given, (folder, resume, paths, scored, form) = parse(arguments)
+    given, (folder, resume, paths, scored, features, form) = parse(arguments)
     expect(folder != "", "--run", "a folder", "none")
     expect(folder or not (resume or paths or scored), "--resume, --predict and --evaluate",
            "--run DIR", "none")
     expect(paths or form == "text", "--json and --columns", "--predict", "none")
     folder = Path(folder or new_folder(given.get("tasks", Settings.tasks)))
     if paths or scored:
-        expect(given.keys() <= {"device"}, "--predict and --evaluate", "--device or no setting",
-               " ".join(given))
+        expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
+               "--device, --threads or no setting", " ".join(given))
+        torch.set_num_threads(given.get("threads", Settings.threads))
         device = device_of(given.get("device"))
         if paths:
-            predict(folder, paths, form, device)
+            predict(folder, paths, form, device, features)
         if scored:
-            print_evaluation(folder, scored, device)
+            print_evaluation(folder, scored, device, features)
     elif resume:
         checkpoint = load(folder / "checkpoint.pt")
-        run(resumed_settings(given, checkpoint, folder), folder, checkpoint)
+        run(resumed_settings(given, checkpoint, folder), folder, checkpoint, features)
     else:
         expect(not (folder / "checkpoint.pt").exists(), folder, "no run, or --resume", "a run")
-        run(Settings(**given), folder)
+        run(Settings(**given), folder, features=features)
 
 def resumed_settings(given, checkpoint, folder):
     """The run's own, but for those that may change."""
@@ -740,8 +744,9 @@ def resumed_settings(given, checkpoint, folder):
                f"{shown(stored[name])}, as in the run", shown(value))
     return Settings(**stored | given)
 
-def run(settings, folder, checkpoint=None):
+def run(settings, folder, checkpoint=None, features=""):
     """Trains, or trains on, and prints the results."""
+    torch.set_num_threads(settings.threads)
     if "LOCAL_RANK" in os.environ:                             # started by torchrun
         device = device_of(settings.device)
         if device.type == "cuda":
@@ -750,15 +755,13 @@ def run(settings, folder, checkpoint=None):
         folder = gathered(folder)[0]
     if processes()[0] > 0:
         sys.stdout = open(os.devnull, "w")
-    tasks, vocabulary, model = build(settings, checkpoint, folder)
+    tasks, vocabulary, model = build(settings, checkpoint, folder, features)
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     held = lock(folder) if processes()[0] == 0 else None
     if checkpoint:
         with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
     print_start(trainer)
-    if model.device().type == "cpu" and torch.get_num_threads() > 1:
-        compare_threads(trainer)
     try:
         trainer.train(settings.epochs)
         print_results(trainer, write_results(trainer))
