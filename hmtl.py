@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,7 +39,7 @@ class Settings:
     word_dim: int = 100                # width of word vectors, where there is no file of them
     char_dim: int = 16                 # width of character vectors
     char_filters: int = 64             # filters of the char CNN, each over three characters
-    contextual_dim: int = 128          # width to which vectors of --features are projected
+    contextual_dim: int = 0            # width to which --features are projected; 0: they are not
     encoder: str = "1x200"             # BiLSTM of every task: layers x units per direction
     ner_encoder: str = ""              # the BiLSTM of this task, if not --encoder
     emd_encoder: str = ""              # the same
@@ -94,14 +95,20 @@ class LayerMixture(nn.Module):
     """What ELMo does with the layers h_l of a frozen contextual encoder (Peters et al. 2018,
     section 3): gamma sum_l softmax(w)_l h_l."""
 
-    def __init__(self, n_layers):
+    def __init__(self, n_layers, width, projected):
+        """projected: the width to project the sum to, without a bias; 0: it stays as it is."""
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(n_layers))
         self.gamma = nn.Parameter(torch.ones(()))
+        self.width = projected or width
+        self.project = nn.Linear(width, projected, bias=False) if projected else nn.Identity()
+        if projected:
+            nn.init.xavier_uniform_(self.project.weight)
 
     def forward(self, states):
-        """(L, B, T, F) -> (B, T, F)."""
-        return torch.tensordot(self.gamma * self.weights.softmax(0), states.float(), 1)
+        """(L, B, T, F) -> (B, T, width)."""
+        mixed = torch.tensordot(self.gamma * self.weights.softmax(0), states.float(), 1)
+        return self.project(mixed)
 
     def shares(self):
         weights = self.weights.softmax(0).tolist()
@@ -122,11 +129,8 @@ class Embedder(nn.Module):
         self.width = settings.word_dim + settings.char_filters
         self.mixture = None
         if n_layers:
-            self.mixture = LayerMixture(n_layers)
-            self.project = nn.Linear(width, settings.contextual_dim)
-            nn.init.xavier_uniform_(self.project.weight)
-            nn.init.zeros_(self.project.bias)
-            self.width += settings.contextual_dim
+            self.mixture = LayerMixture(n_layers, width, settings.contextual_dim)
+            self.width += self.mixture.width
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
@@ -135,7 +139,7 @@ class Embedder(nn.Module):
         features = dropout(torch.cat([words, chars], 1), self.dropout, self.training)    # (U, E)
         x = F.embedding(batch.tokens, features)
         if self.mixture:
-            contextual = self.project(self.mixture(batch.states)) * batch.mask[:, :, None]
+            contextual = self.mixture(batch.states)                           # zero on padding
             x = torch.cat([x, dropout(contextual, self.dropout, self.training)], 2)
         return x
 
@@ -377,7 +381,7 @@ class CorefHead(Head):
 
         g_i       = [x_first; x_last; x^; phi]            x^: attended word vectors, phi: width
         s_m(i)    = FFNN(g_i)
-        s_a(i, j) = FFNN([g_i; g_j; g_i o g_j; phi])      phi: distance
+        s_a(i, j) = FFNN([g_i; g_j; P g_i o P g_j; phi])  phi: distance; P: to H values
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
     """
     scores = COREF_SCORES
@@ -394,7 +398,8 @@ class CorefHead(Head):
         self.distance = nn.Embedding(len(self.BUCKETS) + 1, feature)
         self.mention = FFNN([width, width, word_width, feature], units)
         span = 2 * width + word_width + feature
-        self.pair = FFNN([span, span, span, feature], units)
+        self.narrow = nn.Linear(span, units)              # P: a pair costs a quarter of g_i o g_j
+        self.pair = FFNN([span, span, units, feature], units)
 
     def loss(self, x, embedded, batch):
         """- sum over kept spans i of log P(i picks one of its correct antecedents)."""
@@ -460,11 +465,12 @@ class CorefHead(Head):
         of_span, of_antecedent, of_product, of_distance = self.pair.parts
         span, antecedent = of_span(g), of_antecedent(g)                          # (S, H)
         distance = of_distance(self.distance.weight)                             # (buckets, H)
+        narrow = self.narrow(g)                                                  # (S, H)
         columns = [0 * mention_scores]
         for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
-            s = self.pair(hidden + of_product(g[d:] * g[:-d]))
+            s = self.pair(hidden + of_product(narrow[d:] * narrow[:-d]))
             s = s + mention_scores[d:] + mention_scores[:-d]
             columns.append(F.pad(s, (d, 0), value=float("-inf")))
         return torch.stack(columns, 1)
@@ -566,6 +572,9 @@ class HMTL(nn.Module):
 # - Relations start from a bias of -7, LSTMs from larger weights than torch gives; a task whose dev
 #   score is still 0 loses neither patience nor learning rate (train.py).
 # - In training, gold mentions are kept beside the best. Kept spans may cross; Lee et al. drop such.
+# - Of two spans the antecedent scorer reads P g_i o P g_j, not g_i o g_j, which all but as good
+#   takes 1.6 times as long: a step on 500 tokens 249 ms to 155 ms. On SciERC's dev, seed 0: 50.2 F1
+#   and 50.9 with the whole product.
 # - Dropout is drawn once for each distinct word of a batch, and in coreference on g, which the
 #   antecedent scorer reads, not on the scorers' many hidden units: fewer numbers to draw.
 
@@ -670,17 +679,18 @@ def run_in_groups(encoder, x, batch, size=8):
 @torch.no_grad()
 def viterbi(emissions, mask, start, transitions, end):
     """b_t(j) = e_t(j) + max_i (b_t-1(i) + A(i, j)). Only the maxima go forward; the arg max is
-    taken on the way back, along the best path alone."""
+    taken on the way back, along the best path alone, in numpy: small operations cost less there."""
     best = [start + emissions[:, 0]]
     for emitted in emissions.unbind(1)[1:]:
         best.append((best[-1][:, :, None] + transitions).amax(1) + emitted)      # (B, K)
-    last, tags = mask.sum(1) - 1, []
-    tag = torch.zeros_like(last)
+    best, last, end = (x.cpu().numpy() for x in (torch.stack(best), mask.sum(1) - 1, end))
+    onward = transitions.T.cpu().numpy()
+    tag, tags = np.zeros(len(last), dtype=int), []
     for t in reversed(range(len(best))):
-        onward = torch.where((last == t)[:, None], end, transitions.T[tag])      # (B, K)
-        tag = (best[t] + onward).argmax(1)
+        scores = best[t] + np.where((last == t)[:, None], end, onward[tag])      # (B, K)
+        tag = scores.argmax(1)
         tags.append(tag)
-    return torch.stack(tags[::-1], 1)
+    return torch.from_numpy(np.stack(tags[::-1], 1))
 
 def sum_of(counts):
     return [sum(column) for column in zip(*counts)]

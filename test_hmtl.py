@@ -371,7 +371,8 @@ class CorefTest(unittest.TestCase):
 
         def pair_score(i, j):
             bucket = [0, 0, 1, 2, 3, 4, 4, 4, 5][min(i - j, 8)]
-            read = g[i], g[j], g[i] * g[j], head.distance.weight[bucket]
+            product = head.narrow(g[i]) * head.narrow(g[j])
+            read = g[i], g[j], product, head.distance.weight[bucket]
             hidden = sum(part(x) for part, x in zip(head.pair.parts, read))
             return (head.pair(hidden) + scores[i] + scores[j]).item()
         rows = []                                           # per span: {antecedent: score}
@@ -458,6 +459,7 @@ class CorefTest(unittest.TestCase):
         left, _, _, phi = head.pair.parts
         head.pair.upper = nn.Identity()
         nn.init.zeros_(left.bias)
+        nn.init.zeros_(head.narrow.bias)
         nn.init.constant_(phi.weight, 1 / 20)
         head.distance.weight.data = torch.arange(9.0)[:, None].expand(9, 20)
         scores = head.antecedent_scores(torch.zeros(90), torch.zeros(90, left.in_features))
@@ -1803,12 +1805,12 @@ def features(sentences):
             documents = builtin_documents(8, np.random.default_rng(i))
             Path(f"news/{split}.jsonl").write_text("\n".join(map(to_json, documents)))
 
-    def built(self, *names):
-        settings = replace(TINY, tasks=names, data=("news",), device="cpu")
+    def built(self, *names, **changes):
+        settings = replace(TINY, tasks=names, data=("news",), device="cpu", **changes)
         return quietly(train.build, settings, None, None, "f.py")
 
     def test_mixture(self):
-        mixture, states = LayerMixture(3), torch.randn(3, 2, 5, 4).half()
+        mixture, states = LayerMixture(3, 4, 0), torch.randn(3, 2, 5, 4).half()
         with torch.no_grad():
             mixture.weights.copy_(torch.tensor([0.0, 99.0, 0.0]))
         torch.testing.assert_close(mixture(states), states[1].float())
@@ -1820,7 +1822,10 @@ def features(sentences):
         np.testing.assert_allclose(mixture(states).detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
     def test_every_word_gets_its_own_vectors_and_they_are_frozen(self):
-        tasks, vocabulary, model = self.built("ner", "rel")
+        for projected in (0, 5):
+            self.check_vectors(*self.built("ner", "rel", contextual_dim=projected))
+
+    def check_vectors(self, tasks, vocabulary, model):
         documents = tasks[0].data["train"][:4]
         batch = make_batch(documents, vocabulary)
         namespace = {}
@@ -1834,8 +1839,9 @@ def features(sentences):
             array, = namespace["features"](document.sentences)
             for t in range(array.shape[1]):
                 mixed = sum(w * torch.tensor(x) for w, x in zip(share, array[:, t])).float()
-                expected = torch.cat([torch.cat([embedder.words(batch.words), embedder.char_features(batch)], 1)[batch.tokens[b, t]],
-                                      embedder.project(mixed)])
+                plain = torch.cat([embedder.words(batch.words), embedder.char_features(batch)], 1)
+                expected = torch.cat([plain[batch.tokens[b, t]],
+                                      embedder.mixture.project(mixed)])
                 torch.testing.assert_close(embedded[b, t], expected, atol=1e-2, rtol=1e-2)
             self.assertFalse(embedded[b, array.shape[1]:].any())
         kept = {words: x.clone() for words, x in vocabulary.contextual.kept.items()}

@@ -657,7 +657,8 @@ FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
 CHOICES = {"tasks": HIERARCHY, "schedule": ["proportional", "uniform", "successive"],
            "sharing": ["hierarchical", "flat", "inverted", "latent"]}
 LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "rare": (0, 1e9),
-          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9)}       # all others: above 0
+          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9),
+          "contextual_dim": (0, 1e9)}                                  # all others: above 0
 
 def check_settings(settings):
     """Refuses values that no model can be built from."""
