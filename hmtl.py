@@ -17,6 +17,7 @@ K tags, R relation labels, W longest span, S kept spans, G width of a span's rep
 A antecedents.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
@@ -110,10 +111,6 @@ class LayerMixture(nn.Module):
         mixed = torch.tensordot(self.gamma * self.weights.softmax(0), states.float(), 1)
         return self.project(mixed)
 
-    def shares(self):
-        weights = self.weights.softmax(0).tolist()
-        return {f"layer {i}": x for i, x in enumerate(weights)} | {"gamma": self.gamma.item()}
-
 class Embedder(nn.Module):
     """[word vector; char CNN] of every token, computed once for each distinct word of a batch; with
     --features, a mixture of the token's contextual vectors too."""
@@ -134,14 +131,16 @@ class Embedder(nn.Module):
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
-        words = self.words(batch.words)
-        chars = self.char_features(batch)
-        features = dropout(torch.cat([words, chars], 1), self.dropout, self.training)    # (U, E)
+        features = dropout(self.distinct(batch), self.dropout, self.training)    # (U, E)
         x = F.embedding(batch.tokens, features)
         if self.mixture:
             contextual = self.mixture(batch.states)                           # zero on padding
             x = torch.cat([x, dropout(contextual, self.dropout, self.training)], 2)
         return x
+
+    def distinct(self, batch):
+        """[word vector; char CNN] of the distinct words, (U, E)."""
+        return torch.cat([self.words(batch.words), self.char_features(batch)], 1)
 
     def char_features(self, batch):
         """Max over a word's characters c_t of relu(Q [c_t-1; c_t; c_t+1] + b), (U, filters). Words
@@ -333,7 +332,12 @@ class RelationHead(Head):
         times as long."""
         first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, H)
         second = self.second(x)[batch.mask].split(batch.lengths)
-        return [self.label(F.relu(u[:, None] + w)) for u, w in zip(first, second)]
+        weight, bias = self.label_vectors()
+        return [F.linear(F.relu(u[:, None] + w), weight, bias) for u, w in zip(first, second)]
+
+    def label_vectors(self):
+        """V, (R, H), and c, (R,)."""
+        return self.label.weight, self.label.bias
 
     def loss(self, x, embedded, batch):
         """Binary cross-entropy, summed over pairs and labels."""
@@ -496,11 +500,14 @@ class HMTL(nn.Module):
             self.encoders[name] = Encoder(width, shape, settings.dropout)
         self.heads = nn.ModuleDict()
         self.metrics = {}
+        heads = QUESTION_HEADS if settings.sharing == "question" else HEADS
         for name, reads in self.reads.items():
             width = max(self.encoders[t].width for t in reads)    # several only if latent
-            self.heads[name] = HEADS[name](self.tasks[name], labels[name], width,
+            self.heads[name] = heads[name](self.tasks[name], labels[name], width,
                                            self.embedder.width, settings)
             self.metrics[name] = Scores(self.heads[name].mean)
+        if settings.sharing == "question":
+            share_answers(self, vocabulary, settings)
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads))
                                           for name, reads in self.reads.items() if len(reads) > 1})
 
@@ -586,7 +593,7 @@ def other_layout(sharing, tree):
     if sharing == "inverted":
         above = {task: [t for t in tasks if task in tree[t]] for task in reversed(tasks)}
         return above, {task: [task] for task in tasks}
-    if sharing == "flat":
+    if sharing in ("flat", "question"):
         stack = {task: tasks[:i][-1:] for i, task in enumerate(tasks)}
         return stack, {task: tasks[-1:] for task in tasks}
     return tree, {task: tasks for task in tasks}
@@ -600,6 +607,100 @@ def head_input(model, task, outputs):
     width = max(x.shape[2] for x in read)
     return sum(weight * F.pad(x, (0, width - x.shape[2]))
                for weight, x in zip(model.mixtures[task].softmax(0), read))
+
+class QuestionHead(RelationHead):
+    """One head for all tasks, after McCann et al. 2018: every label is a question, such as "rel
+    works for", every answer a pair of tokens. With the embedded words e of the question
+
+        P(i, j, question) = sigmoid(q relu(U h_i + W h_j + b) + c),    [q; c] = Q mean(e).
+
+    All tasks and labels share U, W, b and Q. Relations are asked for two last tokens.
+    """
+
+    def questions(self):
+        """The words of every question: the task's name, the label's parts."""
+        parts = [re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", label) for label in self.labels]
+        return [[self.task.name, *words] for words in parts]
+
+    def label_vectors(self):
+        asked = self.asked.to(self.first.weight.device)
+        words = F.embedding(asked.tokens, self.embedder.distinct(asked))         # (R, T, E)
+        vectors = self.reader(words.sum(1) / asked.mask.sum(1, keepdim=True))    # (R, H + 1)
+        n = len(self.questions())
+        return vectors[:n, :-1], vectors[:n, -1]
+
+class SpanQuestions(QuestionHead):
+    """Names and mentions: a question's answers are first and last tokens."""
+    count = Head.count
+    target = Head.target
+
+    def decode(self, x, embedded, batch):
+        """Of answers that overlap, the more probable stays."""
+        found = []
+        for logits in self.logits(x, batch):
+            answers = (logits > 0).nonzero().tolist()
+            spans, free = [], set(range(len(logits)))
+            for i, j, r in sorted(answers, key=lambda answer: -logits[tuple(answer)]):
+                if i <= j and free.issuperset(range(i, j + 1)):
+                    free -= {*range(i, j + 1)}
+                    spans.append((i, j, self.labels[r]))
+            found.append(sorted(spans))
+        return found
+
+class CorefQuestions(QuestionHead):
+    """Two questions: which first and last tokens are a mention, and the last tokens of which two
+    mentions are the same. The best earlier mention with P > 1/2 is the antecedent."""
+    scores = COREF_SCORES
+    mean = "mean"
+    count = Head.count
+
+    def questions(self):
+        return [["coref", "mention"], ["coref", "same"]]
+
+    def answers(self, x, batch, gold):
+        """Logits of all spans, (N, W), and which are gold, for those within a sentence; first and
+        last tokens of those found or gold, (S,); logits that i is the same as a later j, (S, S)."""
+        first, second = self.first(x[batch.mask]), self.second(x[batch.mask])    # (N, H)
+        (mention, same), (mention_bias, same_bias) = self.label_vectors()
+        ends, valid = span_ends(batch, gold.shape[1])
+        mentions = F.relu(first[:, None] + second[ends]) @ mention + mention_bias       # (N, W)
+        n, w = (valid & ((mentions > 0) | (gold > 0))).nonzero().unbind(1)
+        pairs = F.relu(first[n + w][:, None] + second[n + w]) @ same + same_bias        # (S, S)
+        earlier = torch.ones_like(pairs, dtype=torch.bool).triu(1)
+        return mentions[valid], gold[valid] > 0, n, n + w, pairs.masked_fill(~earlier, -1e9)
+
+    def loss(self, x, embedded, batch):
+        gold = gold_clusters(batch, self.gold(batch)[0], self.max_span)          # (N, W)
+        mentions, is_gold, first, last, pairs = self.answers(x, batch, gold)
+        cluster = gold[first, last - first]                                      # (S,)
+        same = ((cluster[:, None] == cluster) & (cluster > 0)).triu(1)
+        return sum(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum")
+                   for logits, target in ((mentions, is_gold), (pairs, same)))
+
+    def decode(self, x, embedded, batch):
+        gold = gold_clusters(batch, [], self.max_span)
+        _, _, first, last, pairs = self.answers(x, batch, gold)
+        if not len(first):
+            return [[]]
+        best, antecedent = pairs.max(0)
+        back = torch.arange(len(first), device=x.device) - antecedent
+        spans = list(zip(first.tolist(), last.tolist()))
+        return [clusters_of(spans, (back * (best > 0)).tolist())]
+
+def share_answers(model, vocabulary, settings):
+    """Gives all heads the layers of the first, and their questions."""
+    reader = nn.Linear(settings.word_dim + settings.char_filters, settings.relation_units + 1)
+    nn.init.constant_(reader.bias[-1:], -7.0)                            # as in `RelationHead`
+    shared = next(iter(model.heads.values()))
+    for head in model.heads.values():
+        head.label, head.max_span = None, settings.max_span
+        head.first, head.second, head.reader = shared.first, shared.second, reader
+        words = head.questions() or [[head.task.name]]                   # data without labels
+        head.asked = make_batch([Document("", words)], vocabulary)
+        vars(head)["embedder"] = model.embedder    # not as a part, whose weights it would hold too
+
+QUESTION_HEADS = {"ner": SpanQuestions, "emd": SpanQuestions, "rel": QuestionHead,
+                  "coref": CorefQuestions}
 
 class WordVectors(nn.Module):
     """(U,) -> (U, word_dim); in training, a rare word sometimes gets the vector of the unknown.
@@ -625,9 +726,10 @@ class WordVectors(nn.Module):
         self.register_buffer("unknown", settings.unknown * rare, persistent=False)
 
     def forward(self, ids):
-        if self.training:           # all ids are < n here: the others are in no training document
-            ids = torch.where(torch.rand(ids.shape, device=ids.device) < self.unknown[ids], 1, ids)
         n = len(self.unknown)
+        if self.training:
+            unknown = self.unknown[ids.clamp(max=n - 1)]
+            ids = torch.where(torch.rand(ids.shape, device=ids.device) < unknown, 1, ids)
         vectors = self.trained(ids.clamp(max=n - 1))
         if len(self.frozen):
             vectors = torch.where((ids < n)[:, None], vectors, self.frozen[(ids - n).clamp(min=0)])

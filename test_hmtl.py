@@ -486,7 +486,12 @@ class CorefTest(unittest.TestCase):
 class ModelTest(unittest.TestCase):
 
     def test_alone_equals_batched_equals_overpadded(self):
-        tasks, vocabulary, model = tiny_model()
+        self.check_alone(*tiny_model())
+
+    def test_questions_alone_equal_batched_equal_overpadded(self):
+        self.check_alone(*tiny_model(settings=replace(TINY, sharing="question")))
+
+    def check_alone(self, tasks, vocabulary, model):
         for task in tasks:
             documents = task.data["train"][:1 if task.whole_documents else 4]
             whole = make_batch(documents, vocabulary)
@@ -563,7 +568,8 @@ class ModelTest(unittest.TestCase):
                 ("hierarchical", [{"ner"}, {"ner", "emd"}, {"ner", "emd", "rel"},
                                   {"ner", "emd", "coref"}]),
                 ("inverted", [set(ALL), {"emd", "rel", "coref"}, {"rel"}, {"coref"}]),
-                ("flat", [set(ALL)] * 4), ("latent", [set(ALL)] * 4)]:
+                ("flat", [set(ALL)] * 4), ("latent", [set(ALL)] * 4),
+                ("question", [set(ALL)] * 4)]:
             tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing=sharing))
             for name, encoders in zip(ALL, expected):
                 self.assertEqual(reached(name), {"words", *encoders}, sharing)
@@ -571,13 +577,106 @@ class ModelTest(unittest.TestCase):
     def test_every_sharing_for_all_subsets(self):
         for size in range(1, 5):
             for names in itertools.combinations(ALL, size):
-                for sharing in ("flat", "inverted", "latent"):
+                for sharing in ("flat", "inverted", "latent", "question"):
                     settings = replace(TINY, sharing=sharing)
                     tasks, vocabulary, model = tiny_model(names, settings, n=2)
                     self.assertEqual(set(model.encoders), set(names))
                     for task in tasks:
                         batch = make_batch(task.data["train"][:1], vocabulary)
                         self.assertTrue(model.train()(task.name, batch)["loss"].isfinite())
+                        self.assertEqual(len(model.eval().predict(batch)[task.name]), 1)
+
+    def question_model(self):
+        """With answers to every question; the heads' layers, and [q; c] of each head's questions."""
+        tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing="question"))
+        with torch.no_grad():
+            model.heads["ner"].reader.bias[-1] = 0.0
+            model.heads["ner"].reader.weight *= 20
+            model.heads["ner"].first.weight *= 5
+            model.heads["ner"].second.weight *= 5
+        return tasks, vocabulary, model.eval()
+
+    def asked(self, model, vocabulary, questions):
+        rows = []
+        for words in questions:
+            batch = make_batch([Document("q", [words])], vocabulary)
+            embedded = model.embedder(batch)[0]                    # without dropout
+            rows.append(model.heads["rel"].reader(embedded.mean(0)))
+        return rows
+
+    def test_questions_against_single_pairs(self):
+        tasks, vocabulary, model = self.question_model()
+        heads = model.heads
+        self.assertEqual(heads["ner"].questions(), [["ner", "LOC"], ["ner", "ORG"], ["ner", "PER"]])
+        self.assertIn(["rel", "Works", "For"], heads["rel"].questions())
+        self.assertEqual(len({id(head.first) for head in heads.values()}), 1)
+        for name in ("ner", "rel"):
+            task = next(t for t in tasks if t.name == name)
+            batch = make_batch(task.data["train"][:3], vocabulary)
+            embedded, inputs = model.encode(batch, [name])
+            x, head = inputs[name], heads[name]
+            rows = self.asked(model, vocabulary, head.questions())
+            loss, found = 0.0, []
+            for b, (n, gold) in enumerate(zip(batch.lengths, head.gold(batch))):
+                gold = {(r[1], r[3], r[4]) for r in gold} if name == "rel" else {*gold}
+                logits = {}
+                for i, j, (label, row) in itertools.product(range(n), range(n),
+                                                            zip(head.labels, rows)):
+                    hidden = torch.relu(head.first(x[b, i]) + head.second(x[b, j]))
+                    p = torch.sigmoid(row[:-1] @ hidden + row[-1]).item()
+                    logits[i, j, label] = p
+                    loss -= math.log(p if (i, j, label) in gold else 1 - p)
+                answers = sorted((k for k, p in logits.items() if p > 0.5), key=lambda k: -logits[k])
+                if name == "ner":                      # the most probable first, without overlaps
+                    kept = []
+                    for i, j, label in answers:
+                        if i <= j and all(j < a or b < i for a, b, _ in kept):
+                            kept.append((i, j, label))
+                    answers = kept
+                found.append(sorted(answers))
+            self.assertAlmostEqual(head.loss(x, embedded, batch).item(), loss / 3, delta=loss / 1e3)
+            decoded = [sorted(rows) for rows in head.decode(x, embedded, batch)]
+            self.assertEqual(decoded, found)
+            self.assertTrue(any(found))
+
+    def test_coreference_questions_against_single_pairs(self):
+        tasks, vocabulary, model = self.question_model()
+        task, head = tasks[-1], model.heads["coref"]
+        batch = make_batch(task.data["train"][:1], vocabulary)
+        embedded, inputs = model.encode(batch, ["coref"])
+        x = inputs["coref"][batch.mask]
+        head.reader.weight.data *= -0.3                # half of the spans, some of the pairs
+        logits = head.answers(inputs["coref"], batch, gold_clusters(batch, [], TINY.max_span))[0]
+        head.reader.bias.data[-1] -= logits.median()
+        mention, same = self.asked(model, vocabulary, head.questions())
+
+        def p(row, i, j):
+            hidden = torch.relu(head.first(x[i]) + head.second(x[j]))
+            return torch.sigmoid(row[:-1] @ hidden + row[-1]).item()
+        cluster = {span: i for i, c in enumerate(head.gold(batch)[0]) for span in c}
+        loss, spans, start = 0.0, [], 0
+        for n in batch.lengths:
+            for i in range(start, start + n):
+                for j in range(i, min(i + TINY.max_span, start + n)):
+                    found, gold = p(mention, i, j), (i, j) in cluster
+                    loss -= math.log(found if gold else 1 - found)
+                    spans += [(i, j, found > 0.5)] if gold or found > 0.5 else []
+            start += n
+        for (a, b, _), (i, j, _) in itertools.combinations(spans, 2):
+            found = p(same, b, j)
+            right = (a, b) in cluster and cluster[a, b] == cluster.get((i, j))
+            loss -= math.log(found if right else 1 - found)
+        self.assertAlmostEqual(head.loss(inputs["coref"], embedded, batch).item(), loss,
+                               delta=loss / 1e3)
+        found, of = [(i, j) for i, j, mentioned in spans if mentioned], {}
+        for k, (i, j) in enumerate(found):
+            chances = [p(same, b, j) for _, b in found[:k]]
+            if chances and max(chances) > 0.5:
+                of[i, j] = of.setdefault(found[chances.index(max(chances))], len(of))
+        expected = [{s for s, c in of.items() if c == k} for k in {*of.values()}]
+        clusters, = head.decode(inputs["coref"], embedded, batch)
+        self.assertEqual(sorted(map(sorted, clusters)), sorted(map(sorted, expected)))
+        self.assertTrue(clusters)
 
     def test_latent_mixture_is_a_softmax_of_weights(self):
         tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing="latent"))

@@ -330,8 +330,10 @@ def write_results(trainer):
                "mixtures": {name: dict(zip(model.reads[name], weights.softmax(0).tolist()))
                             for name, weights in model.mixtures.items()},
                "one_model_epoch": best_epoch(trainer.mean_scores()) + 1}
-    if model.embedder.mixture:
-        results["mixtures"]["every encoder"] = model.embedder.mixture.shares()
+    mixture = model.embedder.mixture
+    if mixture:
+        shares = {f"layer {i}": x for i, x in enumerate(mixture.weights.softmax(0).tolist())}
+        results["mixtures"]["every encoder"] = shares | {"gamma": mixture.gamma.item()}
     write(trainer.folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -655,7 +657,7 @@ def print_labels(scores, pairs):
 # The command line.
 FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
 CHOICES = {"tasks": HIERARCHY, "schedule": ["proportional", "uniform", "successive"],
-           "sharing": ["hierarchical", "flat", "inverted", "latent"]}
+           "sharing": ["hierarchical", "flat", "inverted", "latent", "question"]}
 LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "rare": (0, 1e9),
           "lr_patience": (0, 1e9), "successive_delta": (0, 1e9),
           "contextual_dim": (0, 1e9)}                                  # all others: above 0
