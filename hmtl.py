@@ -112,8 +112,7 @@ class LayerMixture(nn.Module):
         return self.project(mixed)
 
 class Embedder(nn.Module):
-    """[word vector; char CNN] of every token, computed once for each distinct word of a batch; with
-    --features, a mixture of the token's contextual vectors too."""
+    """[word vector; char CNN] of every token, and with --features its mixed contextual vectors."""
 
     def __init__(self, vocabulary, settings, vectors=None):
         super().__init__()
@@ -323,13 +322,11 @@ class RelationHead(Head):
         self.label = nn.Linear(settings.relation_units, len(labels))
         for layer in (self.first, self.second, self.label):
             nn.init.xavier_uniform_(layer.weight)
-        # One or two in a thousand (pair, label) are true; from a bias of 0, the first few hundred
-        # steps would only learn this.
+        # One or two in a thousand (pair, label) are true: from 0, many steps only learn this.
         nn.init.constant_(self.label.bias, -7.0)
 
     def logits(self, x, batch):
-        """A (T, T, R) tensor for each sentence, T its own length: all padded pairs at once take 3.5
-        times as long."""
+        """(T, T, R) of each sentence, T its own length: padded pairs take 3.5 times as long."""
         first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, H)
         second = self.second(x)[batch.mask].split(batch.lengths)
         weight, bias = self.label_vectors()
@@ -500,11 +497,11 @@ class HMTL(nn.Module):
             self.encoders[name] = Encoder(width, shape, settings.dropout)
         self.heads = nn.ModuleDict()
         self.metrics = {}
-        heads = QUESTION_HEADS if settings.sharing == "question" else HEADS
         for name, reads in self.reads.items():
             width = max(self.encoders[t].width for t in reads)    # several only if latent
-            self.heads[name] = heads[name](self.tasks[name], labels[name], width,
-                                           self.embedder.width, settings)
+            head = HEADS if settings.sharing != "question" else QUESTION_HEADS
+            self.heads[name] = head[name](self.tasks[name], labels[name], width,
+                                          self.embedder.width, settings)
             self.metrics[name] = Scores(self.heads[name].mean)
         if settings.sharing == "question":
             share_answers(self, vocabulary, settings)
@@ -533,8 +530,7 @@ class HMTL(nn.Module):
         return embedded, {task: head_input(self, task, outputs) for task in tasks}
 
     def forward(self, task_name, batch):
-        """{"loss": scalar} in training. In evaluation {"predictions": what the head decodes}; the
-        task's metric is updated."""
+        """{"loss": scalar} in training; else {"predictions": ...}, added to the task's metric."""
         head = self.heads[task_name]
         if self.training:
             embedded, inputs = self.encode(batch, [task_name])
@@ -546,8 +542,7 @@ class HMTL(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch, tasks=None):
-        """{task: predictions} in one pass. For relations, also of the tagger that finds their
-        arguments."""
+        """{task: predictions} in one pass; with relations, of the tagger of their arguments too."""
         tasks = list(self.tasks if tasks is None else tasks)
         tagger = argument_tagger(self.tasks)
         if "rel" in tasks and tagger and tagger not in tasks:

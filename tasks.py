@@ -69,9 +69,8 @@ class Task:
     order: dict = field(default_factory=dict, init=False)  # see `batch_order`
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
-        """Reads train, dev and test from a folder, or makes them without one: all documents that
-        carry its annotation. For training, coreference cuts those of more than max_tokens. Raises
-        InputError."""
+        """Reads train, dev and test from a folder, or makes them: all documents that carry its
+        annotation. Coreference cuts training documents of more than max_tokens. InputError."""
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
             longest = max_tokens if split == "train" else sys.maxsize
@@ -188,8 +187,7 @@ class Batch:
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
 def make_batch(documents, vocabulary):
-    """Documents -> `Batch`. What is computed from a word alone is computed once per distinct word,
-    not per token."""
+    """Documents -> `Batch`. What follows from a word alone is computed once per distinct word."""
     sentences = [words for d in documents for words in d.sentences if words]
     lengths = [len(words) for words in sentences]
     distinct = {"": 0}
@@ -239,8 +237,7 @@ class Scores:
         return scores
 
 def count_rows(predicted, gold):
-    """The four numbers for spans with a label, or relations: a row is a hit only if the other side
-    has exactly the same row."""
+    """The four numbers of spans with a label, or relations: a hit is exactly the same row."""
     predicted, gold = set(predicted), set(gold)
     hits = len(predicted & gold)
     return hits, len(predicted), hits, len(gold)
