@@ -639,6 +639,20 @@ class ModelTest(unittest.TestCase):
             self.assertEqual(decoded, found)
             self.assertTrue(any(found))
 
+    def test_questions_start_improbable_in_one_stack_and_read_frozen_words(self):
+        self.assertEqual(layout("question", ALL), layout("flat", ALL))
+        tasks = tiny_tasks()
+        labels = {task.name: task.labels() for task in tasks}
+        vocabulary = Vocabulary.from_documents([d for t in tasks for d in t.data["train"]], ["per"])
+        vectors = ["per"], torch.ones(1, 8)
+        settings = replace(TINY, sharing="question", unknown=1.0)
+        model = HMTL(tasks, labels, vocabulary, settings, vectors)
+        self.assertEqual(model.heads["rel"].reader.bias[-1].item(), -7.0)
+        for task in tasks:
+            loss, _ = loss_and_gradient(model, task.name,
+                                        make_batch(task.data["train"][:1], vocabulary))
+            self.assertTrue(math.isfinite(loss))
+
     def test_coreference_questions_against_single_pairs(self):
         tasks, vocabulary, model = self.question_model()
         task, head = tasks[-1], model.heads["coref"]
@@ -1976,7 +1990,7 @@ def features(sentences):
         print(*("_".join(words) for words in sentences), file=file)
     return inner(sentences)
 """)
-        tasks, *_ = self.built("ner", "coref")
+        tasks, vocabulary, _ = self.built("ner", "coref")
         groups = [line.split() for line in Path("calls").read_text().splitlines()]
         asked = [sentence for group in groups for sentence in group]
         self.assertEqual(sorted(asked), sorted({"_".join(words) for task in tasks
@@ -1985,6 +1999,10 @@ def features(sentences):
         lengths = [sentence.count("_") for sentence in asked]
         self.assertEqual(lengths, sorted(lengths))
         self.assertEqual({len(group) for group in groups[:-1]}, {32})
+        size = Path("calls").stat().st_size
+        make_batch(tasks[0].data["train"][:4], Vocabulary.from_documents(
+            tasks[0].data["train"], contextual=vocabulary.contextual))
+        self.assertEqual(Path("calls").stat().st_size, size)            # they were kept
 
     def test_a_run_resumes_predicts_and_evaluates_with_its_file(self):
         self.output(f"{self.TRAIN} --run whole --epochs 3")
@@ -2112,6 +2130,12 @@ class CommandLineTest(FolderTest):
         given = {"epochs": 9, "patience": 3, "device": "cpu", "tasks": ("ner",)}
         self.assertEqual(train.resumed_settings(given, stored, Path("run")),
                          replace(TINY, **given))
+
+    def test_one_thread_unless_asked_for_more(self):
+        self.addCleanup(torch.set_num_threads, 1)
+        for flag, n in (("--threads 2", 2), ("", 1)):
+            self.output(f"--tasks rel {self.SMALL} --run threads{n} {flag}")
+            self.assertEqual(torch.get_num_threads(), n)
 
     def test_runs_are_never_overwritten(self):
         Path("runs/ner").mkdir(parents=True)
