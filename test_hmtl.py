@@ -2309,8 +2309,13 @@ def benchmark(rounds=6):
                 rows.append((step, sum(batch.lengths) / step, building / step,
                              (step - building) / plain, exact / plain))
         step, speed, building, ratio, exact = (median(column) for column in zip(*rows))
-        print(f"{task.name:5s} {1000 * step:8.1f} {speed:10.0f} {building:15.1%} {ratio:18.2f} "
-              f"{exact:20.2f}", flush=True)
+
+        def spread(column):                           # of the rounds' medians
+            of_rounds = [median(row[column] for row in rows[i:i + 10])
+                         for i in range(0, len(rows), 10)]
+            return f"({min(of_rounds):.2f}-{max(of_rounds):.2f})"
+        print(f"{task.name:5s} {1000 * step:8.1f} {speed:10.0f} {building:15.1%} {ratio:10.2f} "
+              f"{spread(3)} {exact:9.2f} {spread(4)}", flush=True)
 
     import resource
 
