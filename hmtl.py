@@ -468,7 +468,7 @@ class CorefHead(Head):
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
         columns = [0 * mention_scores]
-        for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
+        for d in range(1, min(self.settings.antecedents, len(g)) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
             s = self.pair(hidden + of_product(narrow[d:] * narrow[:-d]))

@@ -1023,6 +1023,17 @@ class TrainingTest(unittest.TestCase):
                 for name in found:
                     self.assertAlmostEqual(found[name], expected[name])
 
+    def test_shares_of_a_batch_weigh_alike(self):
+        self.addCleanup(setattr, train, "processes", train.processes)
+        for n in range(1, 4):
+            shares = []
+            for rank in range(n):
+                train.processes = lambda: (rank, n)
+                shares.append(train.own_share(range(12)))
+            self.assertEqual(sorted(sum(shares, [])), [*range(12)])
+            self.assertEqual({*map(sum, shares)}, {66 // n})
+            self.assertEqual(train.weighted_share([7])[1], 0.0 if n > 1 else 1.0)
+
     def test_everything_random_depends_on_seed_epoch_and_process(self):
         def weights(seed):
             model = train.build(Settings(tasks=("rel",), seed=seed))[2]
