@@ -620,8 +620,8 @@ class QuestionHead(RelationHead):
         asked = self.asked.to(self.first.weight.device)
         words = F.embedding(asked.tokens, self.embedder.distinct(asked))         # (R, T, E)
         vectors = self.reader(words.sum(1) / asked.mask.sum(1, keepdim=True))    # (R, H + 1)
-        n = len(self.questions())
-        return vectors[:n, :-1], vectors[:n, -1]
+        vectors = vectors[:len(self.questions())]                   # none in data without labels
+        return vectors[:, :-1], vectors[:, -1]
 
 class SpanQuestions(QuestionHead):
     """Names and mentions: a question's answers are first and last tokens."""
@@ -630,16 +630,14 @@ class SpanQuestions(QuestionHead):
 
     def decode(self, x, embedded, batch):
         """Of answers that overlap, the more probable stays."""
-        found = []
-        for logits in self.logits(x, batch):
-            answers = (logits > 0).nonzero().tolist()
-            spans, free = [], set(range(len(logits)))
+        found = [[] for _ in batch.lengths]
+        for spans, logits in zip(found, self.logits(x, batch)):
+            answers, free = (logits > 0).nonzero().tolist(), set(range(len(logits)))
             for i, j, r in sorted(answers, key=lambda answer: -logits[tuple(answer)]):
                 if i <= j and free.issuperset(range(i, j + 1)):
                     free -= {*range(i, j + 1)}
                     spans.append((i, j, self.labels[r]))
-            found.append(sorted(spans))
-        return found
+        return [sorted(spans) for spans in found]
 
 class CorefQuestions(QuestionHead):
     """Two questions: which first and last tokens are a mention, and the last tokens of which two
@@ -651,35 +649,29 @@ class CorefQuestions(QuestionHead):
     def questions(self):
         return [["coref", "mention"], ["coref", "same"]]
 
-    def answers(self, x, batch, gold):
-        """Logits of all spans, (N, W), and which are gold, for those within a sentence; first and
-        last tokens of those found or gold, (S,); logits that i is the same as a later j, (S, S)."""
+    def answers(self, x, batch, clusters):
+        """Of the spans found or gold, S: their tokens, and logits that i is the same as a later j,
+        (S, S). And the loss of both questions."""
+        gold = gold_clusters(batch, clusters, self.max_span)                     # (N, W)
         first, second = self.first(x[batch.mask]), self.second(x[batch.mask])    # (N, H)
         (mention, same), (mention_bias, same_bias) = self.label_vectors()
-        ends, valid = span_ends(batch, gold.shape[1])
+        ends, valid = span_ends(batch, self.max_span)
         mentions = F.relu(first[:, None] + second[ends]) @ mention + mention_bias       # (N, W)
         n, w = (valid & ((mentions > 0) | (gold > 0))).nonzero().unbind(1)
         pairs = F.relu(first[n + w][:, None] + second[n + w]) @ same + same_bias        # (S, S)
-        earlier = torch.ones_like(pairs, dtype=torch.bool).triu(1)
-        return mentions[valid], gold[valid] > 0, n, n + w, pairs.masked_fill(~earlier, -1e9)
+        pairs = pairs + torch.full_like(pairs, -1e9).tril()
+        right = (gold[n, w][:, None] == gold[n, w]).triu(1) & (gold[n, w] > 0)
+        loss = sum(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum")
+                   for logits, target in ((mentions[valid], gold[valid] > 0), (pairs, right)))
+        return list(zip(n.tolist(), (n + w).tolist())), pairs, loss
 
     def loss(self, x, embedded, batch):
-        gold = gold_clusters(batch, self.gold(batch)[0], self.max_span)          # (N, W)
-        mentions, is_gold, first, last, pairs = self.answers(x, batch, gold)
-        cluster = gold[first, last - first]                                      # (S,)
-        same = ((cluster[:, None] == cluster) & (cluster > 0)).triu(1)
-        return sum(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum")
-                   for logits, target in ((mentions, is_gold), (pairs, same)))
+        return self.answers(x, batch, self.gold(batch)[0])[2]
 
     def decode(self, x, embedded, batch):
-        gold = gold_clusters(batch, [], self.max_span)
-        _, _, first, last, pairs = self.answers(x, batch, gold)
-        if not len(first):
-            return [[]]
-        best, antecedent = pairs.max(0)
-        back = torch.arange(len(first), device=x.device) - antecedent
-        spans = list(zip(first.tolist(), last.tolist()))
-        return [clusters_of(spans, (back * (best > 0)).tolist())]
+        spans, pairs, _ = self.answers(x, batch, [])
+        best = F.pad(pairs, (0, 0, 1, 0)).argmax(0).tolist()     # row 0: none, with logit 0
+        return [clusters_of(spans, [i + 1 - k if k else 0 for i, k in enumerate(best)])]
 
 def share_answers(model, vocabulary, settings):
     """Gives all heads the layers of the first, and their questions."""
@@ -689,8 +681,8 @@ def share_answers(model, vocabulary, settings):
     for head in model.heads.values():
         head.label, head.max_span = None, settings.max_span
         head.first, head.second, head.reader = shared.first, shared.second, reader
-        words = head.questions() or [[head.task.name]]                   # data without labels
-        head.asked = make_batch([Document("", words)], vocabulary)
+        questions = head.questions() or [[head.task.name]]
+        head.asked = make_batch([Document("", questions)], vocabulary)
         vars(head)["embedder"] = model.embedder    # not as a part, whose weights it would hold too
 
 QUESTION_HEADS = {"ner": SpanQuestions, "emd": SpanQuestions, "rel": QuestionHead,
