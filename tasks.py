@@ -538,35 +538,33 @@ class ContextualVectors:
     def __call__(self, sentences):
         """(layers, sentences, words, width), zero on padding."""
         keys = [tuple(words) for words in sentences] if self.path else []
-        kept = all(key in self.kept for key in keys)
-        tensors = [self.kept[key] for key in keys] if kept else self.compute(sentences)
+        found = self.kept if all(key in self.kept for key in keys) else self.compute(keys)
         n_layers, width = self.shape
         longest = max(map(len, keys), default=0)
         states = torch.zeros(n_layers, len(keys), longest, width, dtype=torch.half)
-        for i, tensor in enumerate(tensors):
-            states[:, i, :tensor.shape[1]] = tensor
+        for i, words in enumerate(keys):
+            states[:, i, :len(words)] = found[words]
         return states
 
     def compute(self, sentences, show=lambda done: None):
-        """A tensor for every sentence; the function gets sentences of like lengths together."""
-        tensors = [None] * len(sentences)
-        for n, indices in enumerate(by_length(list(map(len, sentences)), 32)):
-            show(32 * n)
-            words = [list(sentences[i]) for i in indices]
+        """{sentence: tensor}; the function gets sentences, tuples of words, of like lengths."""
+        sentences, found = sorted({*sentences}, key=lambda words: (len(words), words)), {}
+        for n in range(0, len(sentences), 32):
+            show(n)
+            asked = [list(words) for words in sentences[n:n + 32]]
             with one_line(f"{self.path}: features(): expected a list of arrays"):
-                arrays = [torch.as_tensor(array).detach().cpu() for array in self.function(words)]
-            expect(len(arrays) == len(words), self.path, f"{len(words)} arrays", str(len(arrays)))
-            for i, x in zip(indices, arrays):
-                tensors[i] = self.checked(x, len(sentences[i]))
-        return tensors
+                arrays = [torch.as_tensor(array).detach().cpu() for array in self.function(asked)]
+            expect(len(arrays) == len(asked), self.path, f"{len(asked)} arrays", str(len(arrays)))
+            found |= {tuple(words): self.checked(x, len(words)) for words, x in zip(asked, arrays)}
+        return found
 
     def checked(self, array, n):
-        where, found = f"{self.path}: features()", f"{array.dtype} {tuple(array.shape)}"
-        good = array.is_floating_point() and array.dim() == 3
-        self.shape = self.shape if any(self.shape) or not good else (len(array), array.shape[2])
+        where, shape = f"{self.path}: features()", tuple(array.shape)
+        if not any(self.shape) and len(shape) == 3:
+            self.shape = shape[0], shape[2]
         wanted = self.shape[0], n, self.shape[1]
-        expect(good and array.shape == wanted, where, f"floats (layers, words, width), {wanted}",
-               found)
+        expect(array.is_floating_point() and shape == wanted, where,
+               f"floats (layers, words, width), {wanted}", f"{array.dtype} {shape}")
         expect(array.half().isfinite().all(), where, "finite numbers up to 65504", "others")
         return array.half()
 

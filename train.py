@@ -549,18 +549,16 @@ def build(settings, checkpoint=None, folder=None, features=""):
 
 def keep_features(contextual, tasks):
     """Computes the contextual vectors of all sentences of the run, once."""
-    if not contextual.path:
-        return
-    started = time.time()
-    documents = chain.from_iterable(chain(*task.data.values()) for task in tasks)
-    sentences = sorted({tuple(words) for d in documents for words in d.sentences})
-    tensors = contextual.compute(sentences, lambda done: show_progress(
-        f"features: {done} of {len(sentences)} sentences, {time.time() - started:.0f} s"))
-    contextual.kept = dict(zip(sentences, tensors))
-    show_progress("")
-    size = sum(x.numel() * x.element_size() for x in tensors) / 1e6
-    print("features: {} sentences, {} layers of width {}, {:.0f} MB, {:.0f} s".format(
-        len(sentences), *contextual.shape, size, time.time() - started))
+    if contextual.path:
+        started = time.time()
+        documents = chain.from_iterable(chain(*task.data.values()) for task in tasks)
+        sentences = {tuple(words) for d in documents for words in d.sentences}
+        contextual.kept = contextual.compute(sentences, lambda done: show_progress(
+            f"features: {done} of {len(sentences)} sentences, {time.time() - started:.0f} s"))
+        show_progress("")
+        megabytes = sum(x.nbytes for x in contextual.kept.values()) / 1e6
+        print("features: {} sentences, {} layers of width {}, {:.0f} MB, {:.0f} s".format(
+            len(sentences), *contextual.shape, megabytes, time.time() - started))
 
 def load_run(folder, device="cpu", state=None, features=""):
     """(model, vocabulary) of a run, to predict with; or of the state of a checkpoint."""
