@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tasks import (COREF_SCORES, Document, Scores, by_length, confusions, count_rows, make_batch,
-                   may_follow, shifted, spans_of, tags_of)
+from tasks import (COREF_SCORES, ContextualVectors, Document, Scores, by_length, confusions,
+                   count_rows, make_batch, may_follow, shifted, spans_of, tags_of)
 
 @dataclass
 class Settings:
@@ -122,7 +122,8 @@ class Embedder(nn.Module):
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         self.dropout = settings.dropout
         n_layers, width = vocabulary.contextual.shape
-        self.width = settings.word_dim + settings.char_filters
+        self.word_width = settings.word_dim + settings.char_filters
+        self.width = self.word_width
         self.mixture = None
         if n_layers:
             self.mixture = LayerMixture(n_layers, width, settings.contextual_dim)
@@ -130,7 +131,7 @@ class Embedder(nn.Module):
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
-        features = dropout(self.distinct(batch), self.dropout, self.training)    # (U, E)
+        features = dropout(self.distinct(batch), self.dropout, self.training)
         x = F.embedding(batch.tokens, features)
         if self.mixture:
             contextual = self.mixture(batch.states)                           # zero on padding
@@ -138,7 +139,7 @@ class Embedder(nn.Module):
         return x
 
     def distinct(self, batch):
-        """[word vector; char CNN] of the distinct words, (U, E)."""
+        """[word vector; char CNN] of the distinct words, (U, word_width)."""
         return torch.cat([self.words(batch.words), self.char_features(batch)], 1)
 
     def char_features(self, batch):
@@ -213,8 +214,8 @@ class Head(nn.Module):
                 for name, score in self.scores.items()}
 
     def confusions(self, predictions, batch):
-        """Counter of (gold label, predicted label); empty without labels."""
-        if not self.labels:
+        """Counter of (gold label, predicted label); empty for clusters."""
+        if self.task.whole_documents:
             return Counter()
         pairs = zip(predictions[self.task.name], map(self.target, self.gold(batch)))
         return sum((confusions(*pair) for pair in pairs), Counter())
@@ -275,6 +276,7 @@ class CRF(nn.Module):
         final = torch.stack(states)[last, torch.arange(len(last))]               # (B, K)
         return (final + self.end).logsumexp(1)
 
+    @torch.no_grad()
     def decode(self, emissions, mask):
         """The best of all allowed tag sequences, (B, T); arbitrary past the end of a sentence."""
         return viterbi(emissions, mask, self.start + self.forbidden[-1, :-1],
@@ -333,7 +335,7 @@ class RelationHead(Head):
         return [F.linear(F.relu(u[:, None] + w), weight, bias) for u, w in zip(first, second)]
 
     def label_vectors(self):
-        """V, (R, H), and c, (R,)."""
+        """V, (R, H), and c, (R,); `QuestionHead` reads them from words."""
         return self.label.weight, self.label.bias
 
     def loss(self, x, embedded, batch):
@@ -576,13 +578,14 @@ class HMTL(nn.Module):
 # - In training, gold mentions are kept beside the best. Kept spans may cross; Lee et al. drop such.
 # - Of two spans the antecedent scorer reads P g_i o P g_j. With g_i o g_j a step takes 1.7 times as
 #   long; on SciERC (dev, one seed, --features) F1 is then 50.9 instead of 50.2.
-# - Dropout is drawn once for each distinct word of a batch, and in coreference on g, which the
-#   antecedent scorer reads, not on the scorers' many hidden units: fewer numbers to draw.
+# - Dropout is drawn once for each distinct word of a batch (of contextual vectors, for each token),
+#   and in coreference on g, which the antecedent scorer reads, not on the hidden units of scorers:
+#   fewer numbers to draw.
 
 def other_layout(sharing, tree):
-    """inverted: the paper's tree upside down; flat: one stack of all encoders, every head reads its
-    top; latent: the tree, but a head reads a learned mixture of all encoders, after the idea of
-    Ruder et al. 2017, "Latent multi-task architecture learning"."""
+    """inverted: the paper's tree upside down; flat, question: one stack of all encoders, every head
+    reads its top; latent: the tree, but a head reads a learned mixture of all encoders, after the
+    idea of Ruder et al. 2017, "Latent multi-task architecture learning"."""
     tasks = list(tree)
     if sharing == "inverted":
         above = {task: [t for t in tasks if task in tree[t]] for task in reversed(tasks)}
@@ -604,24 +607,26 @@ def head_input(model, task, outputs):
 
 class QuestionHead(RelationHead):
     """One head for all tasks, after McCann et al. 2018: every label is a question, such as "rel
-    works for", every answer a pair of tokens. With the embedded words e of the question
+    Works For", every answer a pair of tokens. With the embedded words e of the question
 
-        P(i, j, question) = sigmoid(q relu(U h_i + W h_j + b) + c),    [q; c] = Q mean(e).
+        P(i, j, question) = sigmoid(q relu(U h_i + W h_j + b) + c),    [q; c] = Q mean(e) + d.
 
-    All tasks and labels share U, W, b and Q. Relations are asked for two last tokens.
+    All tasks and labels share U, W, b and Q, d: `share_answers` hands them out, as `first`,
+    `second` and `reader`, and `asked`, the batch of the questions. Relations are asked for two
+    last tokens.
     """
 
     def questions(self):
         """The words of every question: the task's name, the label's parts."""
-        parts = [re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", label) for label in self.labels]
+        spaced = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label) for label in self.labels]
+        parts = [re.findall(r"[^\W\d_]+|\d+", label) or [label] for label in spaced]
         return [[self.task.name, *words] for words in parts]
 
     def label_vectors(self):
         asked = self.asked.to(self.first.weight.device)
-        words = F.embedding(asked.tokens, self.embedder.distinct(asked))         # (R, T, E)
-        vectors = self.reader(words.sum(1) / asked.mask.sum(1, keepdim=True))    # (R, H + 1)
-        vectors = vectors[:len(self.questions())]                   # none in data without labels
-        return vectors[:, :-1], vectors[:, -1]
+        words = F.embedding(asked.tokens, self.embedder.distinct(asked))     # (1 + R, T, width)
+        vectors = self.reader(words.sum(1) / asked.mask.sum(1, keepdim=True))    # (1 + R, H + 1)
+        return vectors[1:, :-1], vectors[1:, -1]             # the first is the task's name alone
 
 class SpanQuestions(QuestionHead):
     """Names and mentions: a question's answers are first and last tokens."""
@@ -646,12 +651,13 @@ class CorefQuestions(QuestionHead):
     mean = "mean"
     count = Head.count
 
-    def questions(self):
-        return [["coref", "mention"], ["coref", "same"]]
+    def __init__(self, task, labels, width, word_width, settings):
+        super().__init__(task, ["mention", "same"], width, word_width, settings)
+        self.max_span = settings.max_span
 
     def answers(self, x, batch, clusters):
-        """Of the spans found or gold, S: their tokens, and logits that i is the same as a later j,
-        (S, S). And the loss of both questions."""
+        """For the S spans that are found or in clusters: their tokens, and logits that span i is
+        the same as the later span j, (S, S). Then the loss of both questions."""
         gold = gold_clusters(batch, clusters, self.max_span)                     # (N, W)
         first, second = self.first(x[batch.mask]), self.second(x[batch.mask])    # (N, H)
         (mention, same), (mention_bias, same_bias) = self.label_vectors()
@@ -659,7 +665,7 @@ class CorefQuestions(QuestionHead):
         mentions = F.relu(first[:, None] + second[ends]) @ mention + mention_bias       # (N, W)
         n, w = (valid & ((mentions > 0) | (gold > 0))).nonzero().unbind(1)
         pairs = F.relu(first[n + w][:, None] + second[n + w]) @ same + same_bias        # (S, S)
-        pairs = pairs + torch.full_like(pairs, -1e9).tril()
+        pairs = pairs + torch.full_like(pairs, -1e9).tril()           # of i < j alone
         right = (gold[n, w][:, None] == gold[n, w]).triu(1) & (gold[n, w] > 0)
         loss = sum(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum")
                    for logits, target in ((mentions[valid], gold[valid] > 0), (pairs, right)))
@@ -675,14 +681,13 @@ class CorefQuestions(QuestionHead):
 
 def share_answers(model, vocabulary, settings):
     """Gives all heads the layers of the first, and their questions."""
-    reader = nn.Linear(settings.word_dim + settings.char_filters, settings.relation_units + 1)
+    reader = nn.Linear(model.embedder.word_width, settings.relation_units + 1)
     nn.init.constant_(reader.bias[-1:], -7.0)                            # as in `RelationHead`
     shared = next(iter(model.heads.values()))
     for head in model.heads.values():
-        head.label, head.max_span = None, settings.max_span
-        head.first, head.second, head.reader = shared.first, shared.second, reader
-        questions = head.questions() or [[head.task.name]]
-        head.asked = make_batch([Document("", questions)], vocabulary)
+        head.label, head.first, head.second, head.reader = None, shared.first, shared.second, reader
+        questions = Document("", [[head.task.name], *head.questions()])
+        head.asked = make_batch([questions], vocabulary, ContextualVectors())
         vars(head)["embedder"] = model.embedder    # not as a part, whose weights it would hold too
 
 QUESTION_HEADS = {"ner": SpanQuestions, "emd": SpanQuestions, "rel": QuestionHead,
@@ -764,7 +769,6 @@ def run_in_groups(encoder, x, batch, size=8):
         output[rows, :longest] = encoder(x[rows, :longest], batch.mask[rows, :longest])
     return output
 
-@torch.no_grad()
 def viterbi(emissions, mask, start, transitions, end):
     """b_t(j) = e_t(j) + max_i (b_t-1(i) + A(i, j)). Only the maxima go forward; the arg max is
     taken on the way back, along the best path alone, in numpy: small operations cost less there."""

@@ -24,7 +24,6 @@ import math
 import re
 import runpy
 import sys
-import zlib
 from array import array
 from collections import Counter
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # ------------------------------------------------------------------------- documents and tasks
 
@@ -142,7 +142,6 @@ class Vocabulary:
         self.contextual = contextual or ContextualVectors()
         self.word_ids = {word: i for i, word in enumerate(self.words)}
         self.char_ids = {char: i for i, char in enumerate(chars)}
-        self.spellings = {}
 
     @classmethod
     def from_documents(cls, documents, more_words=(), contextual=None):
@@ -158,10 +157,7 @@ class Vocabulary:
 
     def spelling(self, word):
         """The ids of a word's characters, and a 0."""
-        if word not in self.spellings:
-            ids = [self.char_ids.get(char, 1) for char in word[:self.LONGEST]]
-            self.spellings[word] = [*ids, 0]
-        return self.spellings[word]
+        return [*(self.char_ids.get(char, 1) for char in word[:self.LONGEST]), 0]
 
     def state(self):
         return {"words": self.words[:len(self.counts)], "chars": self.chars,
@@ -180,14 +176,15 @@ class Batch:
     words: torch.Tensor       # (U,) the distinct words' ids in the vocabulary; word 0 is padding
     chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and after words
     n_chars: torch.Tensor     # (U,) how many characters each has
-    states: torch.Tensor      # (L, B, T, F) contextual vectors, L layers of width F; L = 0: none
+    states: torch.Tensor      # (L, B, T, F) contextual vectors, L layers of width F, if any
 
     def to(self, device):
         tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars, self.states)
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
-def make_batch(documents, vocabulary):
-    """Documents -> `Batch`. What follows from a word alone is computed once per distinct word."""
+def make_batch(documents, vocabulary, contextual=None):
+    """Documents -> `Batch`. What follows from a word alone is computed once per distinct word.
+    contextual: other `ContextualVectors` than the vocabulary's."""
     sentences = [words for d in documents for words in d.sentences if words]
     lengths = [len(words) for words in sentences]
     distinct = {"": 0}
@@ -200,7 +197,7 @@ def make_batch(documents, vocabulary):
     n_chars = [len(spelling) - 1 for spelling in spellings]
     tokens = torch.from_numpy(tokens)
     return Batch(documents, lengths, tokens, tokens > 0, torch.tensor(ids), torch.tensor(chars),
-                 torch.tensor(n_chars), vocabulary.contextual(sentences))
+                 torch.tensor(n_chars), (contextual or vocabulary.contextual)(sentences))
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -403,13 +400,10 @@ def read_annotated(path, annotation):
 def read_lines(path):
     """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    try:
-        source = 0 if str(path) == "-" else path
+    source = 0 if str(path) == "-" else path
+    with one_line(f"{path}: expected a file of UTF-8 text"):
         with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
             yield from file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        found = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: expected a file of UTF-8 text, found {found}") from None
 
 def read_json(path):
     """Documents from JSON lines, the format of SciERC and DyGIE++. Errors name file and line."""
@@ -536,37 +530,36 @@ class ContextualVectors:
             expect(callable(self.function), path, "a function features(sentences)", "none")
 
     def __call__(self, sentences):
-        """(layers, sentences, words, width), zero on padding."""
-        keys = [tuple(words) for words in sentences] if self.path else []
-        found = self.kept if all(key in self.kept for key in keys) else self.compute(keys)
-        n_layers, width = self.shape
-        longest = max(map(len, keys), default=0)
-        states = torch.zeros(n_layers, len(keys), longest, width, dtype=torch.half)
-        for i, words in enumerate(keys):
-            states[:, i, :len(words)] = found[words]
-        return states
+        """(layers, sentences, words, width), zero on padding; empty without a file."""
+        if not self.path:
+            return torch.zeros(0, 0, 0, 0)
+        keys = [tuple(words) for words in sentences]
+        found = self.kept if self.kept.keys() >= {*keys} else self.compute(keys)
+        arrays = [found[words].transpose(0, 1) for words in keys]          # (words, layers, width)
+        return pad_sequence(arrays, batch_first=True).permute(2, 0, 1, 3)
 
     def compute(self, sentences, show=lambda done: None):
-        """{sentence: tensor}; the function gets sentences, tuples of words, of like lengths."""
-        sentences, found = sorted({*sentences}, key=lambda words: (len(words), words)), {}
-        for n in range(0, len(sentences), 32):
+        """{sentence: tensor} of tuples of words. The function gets lists of words, 32 sentences of
+        like lengths at a time."""
+        where, found = f"{self.path}: features()", {}
+        order = sorted({*sentences}, key=lambda words: (len(words), words))
+        for n in range(0, len(order), 32):
             show(n)
-            asked = [list(words) for words in sentences[n:n + 32]]
-            with one_line(f"{self.path}: features(): expected a list of arrays"):
-                arrays = [torch.as_tensor(array).detach().cpu() for array in self.function(asked)]
-            expect(len(arrays) == len(asked), self.path, f"{len(asked)} arrays", str(len(arrays)))
-            found |= {tuple(words): self.checked(x, len(words)) for words, x in zip(asked, arrays)}
+            asked = order[n:n + 32]
+            with one_line(f"{where}: expected a list of arrays"):
+                arrays = self.function([list(words) for words in asked])
+                arrays = [torch.as_tensor(x).detach().cpu() for x in arrays]
+            expect(len(arrays) == len(asked), where, f"{len(asked)} arrays", str(len(arrays)))
+            for words, x in zip(asked, arrays):
+                shape = tuple(x.shape)
+                if not any(self.shape) and len(shape) == 3:
+                    self.shape = shape[0], shape[2]
+                wanted = self.shape[0], len(words), self.shape[1]
+                expect(x.is_floating_point() and shape == wanted, where,
+                       f"floats (layers, words, width), {wanted}", f"{x.dtype} {shape}")
+                expect(x.half().isfinite().all(), where, "finite numbers up to 65504", "others")
+                found[words] = x.half()
         return found
-
-    def checked(self, array, n):
-        where, shape = f"{self.path}: features()", tuple(array.shape)
-        if not any(self.shape) and len(shape) == 3:
-            self.shape = shape[0], shape[2]
-        wanted = self.shape[0], n, self.shape[1]
-        expect(array.is_floating_point() and shape == wanted, where,
-               f"floats (layers, words, width), {wanted}", f"{array.dtype} {shape}")
-        expect(array.half().isfinite().all(), where, "finite numbers up to 65504", "others")
-        return array.half()
 
 def by_length(lengths, size):
     """Lists of up to size indices, those of like lengths together."""

@@ -590,10 +590,10 @@ class ModelTest(unittest.TestCase):
         """With answers to every question; the heads' layers, and [q; c] of each head's questions."""
         tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing="question"))
         with torch.no_grad():
-            model.heads["ner"].reader.bias[-1] = 0.0
-            model.heads["ner"].reader.weight *= 20
+            model.heads["ner"].reader.weight *= 5
             model.heads["ner"].first.weight *= 5
             model.heads["ner"].second.weight *= 5
+            model.heads["ner"].reader.bias[-1] = 4.5
         return tasks, vocabulary, model.eval()
 
     def asked(self, model, vocabulary, questions):
@@ -638,6 +638,13 @@ class ModelTest(unittest.TestCase):
             decoded = [sorted(rows) for rows in head.decode(x, embedded, batch)]
             self.assertEqual(decoded, found)
             self.assertTrue(any(found))
+
+    def test_labels_of_any_script_are_questions(self):
+        head = self.question_model()[2].heads["rel"]
+        head.labels = ["\u4eba", "\u7ec4\u7ec7_2", "OrgBased_In", "USED-FOR", "\u00a7"]
+        self.assertEqual([" ".join(words) for words in head.questions()],
+                         ["rel \u4eba", "rel \u7ec4\u7ec7 2", "rel Org Based In", "rel USED FOR",
+                          "rel \u00a7"])
 
     def test_questions_start_improbable_in_one_stack_and_read_frozen_words(self):
         self.assertEqual(layout("question", ALL), layout("flat", ALL))
@@ -1158,6 +1165,14 @@ class TrainingTest(unittest.TestCase):
             self.assertTrue(np.allclose(counts, share, atol=0.05), counts)
             self.assertEqual(plan(schedule), plan(schedule))
 
+    def test_shared_parameters(self):
+        for sharing, name in itertools.product(("flat", "question"), ALL):
+            trainer = tiny_trainer(sharing=sharing)
+            shared, head = {*map(id, trainer.shared)}, trainer.model.heads[name]
+            self.assertTrue(shared > {*map(id, trainer.model.encoders.parameters())})
+            held = shared & {*map(id, head.parameters())}
+            self.assertEqual(len(held), len([*head.parameters()]) if sharing == "question" else 0)
+
     def test_successive_regularization_on_two_parameters(self):
         trainer = tiny_trainer(("ner",), successive_delta=0.3)
         a, b = trainer.shared = [nn.Parameter(torch.tensor([1.0, 2.0])),
@@ -1673,6 +1688,8 @@ class ScreenTest(unittest.TestCase):
         self.assertIn("coref: not learned: 1 of 2 training spans, which have more than --max-span "
                       "8 words", screen)
         self.assertRegex(screen, r"ner +1 +12 +12  sentences +1 +0.500")
+        trainer.model = tiny_trainer(("ner", "coref"), sharing="question").model
+        self.assertNotIn("ner: not learned", self.printed(train.print_start, trainer))
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -1733,9 +1750,9 @@ class RunTest(FolderTest):
         super().setUp()
         shutil.copytree(self.made, ".", dirs_exist_ok=True)
 
-    def untrained(self, folder, *names):
+    def untrained(self, folder, *names, **changes):
         """A run of the named tasks, to predict with."""
-        settings = replace(TINY, tasks=names)
+        settings = replace(TINY, tasks=names, **changes)
         tasks, vocabulary, model = tiny_model(names, settings)
         Path(folder).mkdir()
         train.write(Path(folder, "best.pt"), {
@@ -1807,8 +1824,10 @@ class RunTest(FolderTest):
         self.untrained("two", "ner", "emd")
         self.refused("--run two --predict x.txt --columns", "one tagger")
         self.untrained("emd", "emd")                              # columns are its tags too
-        lines = self.output("--run emd --predict x.conll --columns").splitlines()
-        self.assertEqual({len(line.split()) for line in lines}, {3, 0})
+        self.untrained("question", "rel", "ner", sharing="question")
+        for run in ("emd", "question"):
+            lines = self.output(f"--run {run} --predict x.conll --columns").splitlines()
+            self.assertEqual({len(line.split()) for line in lines}, {3, 0})
 
     def test_columns_keep_the_label(self):
         spans = [(0, 1, "EU-L-X"), (2, 2, "EU-L-X")]
@@ -2015,6 +2034,9 @@ def features(sentences):
         make_batch(tasks[0].data["train"][:4], Vocabulary.from_documents(
             tasks[0].data["train"], contextual=vocabulary.contextual))
         self.assertEqual(Path("calls").stat().st_size, size)            # they were kept
+        Path("calls").unlink()                              # questions are none of its sentences
+        self.built("ner", "coref", sharing="question")
+        self.assertEqual([x.split() for x in Path("calls").read_text().splitlines()], groups)
 
     def test_a_run_resumes_predicts_and_evaluates_with_its_file(self):
         self.output(f"{self.TRAIN} --run whole --epochs 3")
@@ -2136,6 +2158,13 @@ class CommandLineTest(FolderTest):
                        dict(unknown=-0.1), dict(clip=math.nan)):
             with self.assertRaisesRegex(InputError, r"--[\w-]+: expected"):
                 train.build(Settings(**change))
+
+    def test_a_task_without_questions(self):
+        self.addCleanup(HIERARCHY.pop, "pos")
+        HIERARCHY["pos"] = []
+        with self.assertRaisesRegex(InputError, "--sharing question: expected only ner, emd, rel"):
+            train.check_settings(Settings(tasks=("ner", "pos"), sharing="question"))
+        train.check_settings(Settings(tasks=("ner", "pos")))
 
     def test_what_a_resumed_run_may_change(self):
         stored = {"settings": asdict(replace(TINY, tasks=("ner",)))}

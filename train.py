@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hmtl import HEADS, HIERARCHY, HMTL, Settings, Tagger, annotate
+from hmtl import (HIERARCHY, HMTL, QUESTION_HEADS, Settings, SpanQuestions, Tagger, annotate)
 from tasks import (ContextualVectors, InputError, Vocabulary, choose_tasks, cut_documents,
                    cut_sentences, expect, file_of, label_errors, label_scores, make_batch, one_line,
                    outermost, read_annotated, read_documents, read_text, read_vectors, tags_of,
@@ -114,6 +114,8 @@ class MultiTaskTrainer:
                                                       patience=settings.lr_patience)
                               for name, optimizer in self.optimizers.items()}
         self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
+        if settings.sharing == "question":
+            self.shared += model.heads.parameters()
         self.anchor = None            # the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
         self.history = []             # a dict per epoch, log.jsonl; all progress follows from it
@@ -121,6 +123,7 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch n_epochs, or until every task has run out of patience."""
+        self.n_epochs = n_epochs
         start_run(self)
         while len(self.history) < n_epochs and not self.finished():
             self.started = time.time()
@@ -414,7 +417,7 @@ def print_epoch(trainer):
         cell = f"{scores[-1]:5.1f}{star}" if any(scores) else "none yet"
         line += f"  {task.name} {cell:8s}"
     if n == 1:
-        line += f"  at most {seconds * (trainer.settings.epochs - 1):.0f} s to go"
+        line += f"  at most {seconds * (trainer.n_epochs - 1):.0f} s to go"
     print(line.rstrip(), flush=True)
 
 def print_start(trainer):
@@ -437,7 +440,7 @@ def print_start(trainer):
         else:
             labels = Counter(label for row in rows for *_, label in row).most_common(20)
             print(f"{task.name}:", ", ".join(f"{visible(label)} {n}" for label, n in labels))
-        if HEADS[task.name] is Tagger:
+        if isinstance(model.heads[task.name], Tagger):
             left = total - sum(len(outermost(spans)) for spans in rows)
         if left:
             print(f"{task.name}: not learned: {left} of {total} training spans, which {why}")
@@ -602,7 +605,8 @@ def predict(folder, paths, form, device, features):
     """Prints the documents at the paths with all that best.pt finds."""
     model, vocabulary = load_run(folder, device, features=features)
     keys = [task.annotation for task in model.tasks.values()]
-    tagged = [key for key, head in zip(keys, model.heads.values()) if isinstance(head, Tagger)]
+    tagged = [key for key, head in zip(keys, model.heads.values())
+              if isinstance(head, (Tagger, SpanQuestions))]
     expect(form != "columns" or len(tagged) == 1, "--columns", "a run with one tagger",
            ", ".join(tagged) or "none")
     whole = form == "json" or any(task.whole_documents for task in model.tasks.values())
@@ -684,6 +688,8 @@ def check_settings(settings):
         elif f.type in (int, float):
             low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
             expect(low <= value <= high, flag, f"a number from {low:g} to {high:g}", shown(value))
+    good = settings.sharing != "question" or {*settings.tasks} <= {*QUESTION_HEADS}
+    expect(good, "--sharing question", f"only {', '.join(QUESTION_HEADS)}", shown(settings.tasks))
 
 def shown(value):
     return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
