@@ -469,8 +469,8 @@ class CorefHead(Head):
         span, antecedent = of_span(g), of_antecedent(g)                          # (S, H)
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
-        columns = [0 * mention_scores]
-        for d in range(1, min(self.settings.antecedents, len(g)) + 1):
+        columns = [torch.zeros_like(mention_scores)]
+        for d in range(1, min(self.settings.antecedents, len(g)) + 1):           # d = S: no pairs
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
             s = self.pair(hidden + of_product(narrow[d:] * narrow[:-d]))

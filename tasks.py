@@ -130,7 +130,7 @@ class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
     words: these two, those of the training documents, those that only the vector file has. counts:
-    of the first two groups alone, how many training documents contain each; inf for the two.
+    how many training documents contain each; inf for the first two, none for the vector file's.
     contextual: `ContextualVectors`, what a frozen encoder of the user's makes of whole sentences.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
@@ -520,11 +520,12 @@ class ContextualVectors:
     returns for sentences, in half precision. Without a file, of 0 layers."""
 
     def __init__(self, path="", shape=(0, 0)):
-        """shape: (layers, width), if a trained run says what they must be."""
+        """shape: (layers, width), if a trained run says what they must be; else the first sentence
+        tells. kept: {sentence: array} of the run, see `keep_features` in train.py."""
         self.path, self.shape, self.kept = path, shape, {}
         if path or any(shape):
-            of_run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
-            expect(Path(path).is_file(), "--features", f"a file{of_run}", path or "none")
+            run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
+            expect(Path(path).is_file(), "--features", f"a file{run}", path or "none")
             with one_line(f"{path}: expected Python code"):
                 self.function = runpy.run_path(path).get("features")
             expect(callable(self.function), path, "a function features(sentences)", "none")
