@@ -646,6 +646,23 @@ class ModelTest(unittest.TestCase):
                          ["rel \u4eba", "rel \u7ec4\u7ec7 2", "rel Org Based In", "rel USED FOR",
                           "rel \u00a7"])
 
+    def test_an_untrained_question(self):
+        """A label that no training document has can be asked for: its words are its weights."""
+        tasks, vocabulary, model = self.question_model()
+        batch = make_batch(tasks[2].data["train"][:3], vocabulary)
+        embedded, inputs = model.encode(batch, ["rel"])
+        head = model.heads["rel"]
+        head.labels = ["Kill", "Works_For"]
+        questions = Document("", [["rel"], *head.questions()])
+        head.asked = make_batch([questions], vocabulary)
+        rows = self.asked(model, vocabulary, [["rel", "Kill"], ["rel", "Works", "For"]])
+        for x, logits, n in zip(inputs["rel"], head.logits(inputs["rel"], batch), batch.lengths):
+            hidden = torch.relu(head.first(x[:n])[:, None] + head.second(x[:n]))
+            expected = torch.stack([hidden @ row[:-1] + row[-1] for row in rows], 2)
+            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
+        found = head.decode(inputs["rel"], embedded, batch)
+        self.assertEqual({label for row in found for *_, label in row} - {*head.labels}, set())
+
     def test_questions_start_improbable_in_one_stack_and_read_frozen_words(self):
         self.assertEqual(layout("question", ALL), layout("flat", ALL))
         tasks = tiny_tasks()
