@@ -1842,6 +1842,10 @@ class RunTest(FolderTest):
         self.refused("--run two --predict x.txt --columns", "one tagger")
         self.untrained("emd", "emd")                              # columns are its tags too
         self.untrained("question", "rel", "ner", sharing="question")
+        Path("x.bio").write_bytes(Path("x.conll").read_bytes())
+        self.assertEqual(self.output("--run r --predict x.bio --columns"), columns)
+        Path("none.jsonl").write_text("")
+        self.refused("--run r --predict none.jsonl", "none.jsonl: expected documents")
         for run in ("emd", "question"):
             lines = self.output(f"--run {run} --predict x.conll --columns").splitlines()
             self.assertEqual({len(line.split()) for line in lines}, {3, 0})
@@ -2138,6 +2142,7 @@ class CommandLineTest(FolderTest):
         self.output(f"--run {run} --resume --epochs 2")
         self.assertEqual(len((run / "log.jsonl").read_text().splitlines()), 2)
         self.refused(f"--run {run} --resume --dropout 0.1", "expected 0.4.* found 0.1")
+        self.refused(f"--run {run} --resume --epochs 1", "--epochs: expected at least 2")
         self.refused(f"--run {run}", "--resume")
         held = train.lock(run)
         self.refused(f"--run {run} --resume", "lock: expected a file that no other process has")
@@ -2210,6 +2215,11 @@ class CommandLineTest(FolderTest):
         for line, part in [("--tasks foo", "invalid choice: 'foo'"), ("--data nowhere", "nowhere"),
                            ("--resume", "--run"), ("--predict x", "--run"), ("--json", "--predict"),
                            ("--run r --predict x --dropout 0", "--device"),
+                           ("--run r --predict x --json --columns", "not allowed with"),
+                           ("--run r --predict x --threads 0", "--threads: expected a number"),
+                           ("--threads -1", "--threads: expected a number"),
+                           ("--run r --resume --predict x", "--resume: expected no --predict"),
+                           ("--data two broken.pt", "--data: expected one folder for all tasks"),
                            ("--epochs x", "epochs"), ("--run nothing --resume", "nothing"),
                            ("--nonsense", "--nonsense"),
                            ("--run broken.pt --resume", "checkpoint of train.py"),

@@ -321,6 +321,9 @@ def restore_run(trainer, checkpoint):
     trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
     trainer.history = checkpoint["history"]
     trainer.mean_scores()                                      # an error if it is damaged
+    done = len(trainer.history)
+    expect(trainer.settings.epochs >= done, "--epochs", f"at least {done}, as many as the run has",
+           str(trainer.settings.epochs))
     write_log(trainer)           # a killed run may have logged an epoch that its checkpoint lacks
     for name in ["best.pt", *(f"best-{task.name}.pt" for task in trainer.tasks)]:
         if trainer.history and not (trainer.folder / name).exists():
@@ -420,7 +423,7 @@ def print_epoch(trainer):
         star = " " if epochs_waited(scores) else "*"
         cell = f"{scores[-1]:5.1f}{star}" if any(scores) else "none yet"
         line += f"  {task.name} {cell:8s}"
-    if n == 1:
+    if n == 1 < trainer.n_epochs:
         line += f"  at most {seconds * (trainer.n_epochs - 1):.0f} s to go"
     print(line.rstrip(), flush=True)
 
@@ -589,6 +592,8 @@ def load_run(folder, device="cpu", state=None, features=""):
 def data_folders(data, tasks):
     """{task name: folder} from --data DIR, or --data TASK=DIR ...; {} without data."""
     names, folders = [task.name for task in tasks], {}
+    for_all = [item for item in data if "=" not in item]
+    expect(len(for_all) < 2, "--data", "one folder for all tasks", " ".join(for_all))
     for item in sorted(data, key=lambda item: "=" in item):      # what is for all tasks first
         name, equals, folder = item.partition("=")
         expect(not equals or name in names, "--data", f"one of the tasks {', '.join(names)}", name)
@@ -623,8 +628,9 @@ def predict(folder, paths, form, device, features):
 
 def to_predict(path, key, whole):
     """The documents of .json, .jsonl or .conll, or of raw text: of its sentences, if not whole."""
-    raw = Path(path).suffix not in (".json", ".jsonl", ".conll")
+    raw = Path(path).suffix not in (".json", ".jsonl", ".conll", ".bio")
     documents = [read_text(path)] if raw else read_annotated(path, key)
+    expect(documents, path, "documents", "none")
     for i, document in enumerate(documents):
         expect(len(document), f"{path}, {document.key}", "some words", "none")
         documents[i] = cut_sentences(document, f"{path}, {document.key}")
@@ -712,10 +718,12 @@ def parse(arguments):
         help="go on with the run in --run; --epochs, --patience and --device may change")
     add("--predict", metavar="FILE", nargs="+",
         help="annotate raw text (-: standard input), .json, .jsonl or .conll")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--json", dest="form", action="store_const", const="json", default="text",
         help="predict JSON lines")
     add("--columns", dest="form", action="store_const", const="columns",
         help="predict columns: word, tag of the file if it has one, predicted tag")
+    add = parser.add_argument
     add("--features", metavar="FILE.py", default="",
         help="your contextual vectors: a function features(sentences) (see the README)")
     add("--evaluate", metavar="PATH", help="score on an annotated file, or a folder's test file")
@@ -733,10 +741,12 @@ def parse(arguments):
 
 def main(arguments=None):
     given, (folder, resume, paths, scored, features, form) = parse(arguments)
+    check_settings(Settings(**given))
     expect(folder != "", "--run", "a folder", "none")
     expect(folder or not (resume or paths or scored), "--resume, --predict and --evaluate",
            "--run DIR", "none")
     expect(paths or form == "text", "--json and --columns", "--predict", "none")
+    expect(not (resume and (paths or scored)), "--resume", "no --predict or --evaluate", "both")
     folder = Path(folder or new_folder(given.get("tasks", Settings.tasks)))
     if paths or scored:
         expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
@@ -786,7 +796,9 @@ def run(settings, folder, checkpoint=None, features=""):
         print_results(trainer, write_results(trainer))
         print_examples(trainer)
     except KeyboardInterrupt:
-        raise Stopped(f"stopped; go on with: python train.py --run {folder} --resume") from None
+        again = f"python {sys.argv[0]} --run {folder} --resume"
+        again += f" --features {features}" if features else ""
+        raise Stopped(f"stopped; go on with: {again}") from None
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
@@ -809,7 +821,8 @@ def command_line():
     except (InputError, Stopped, KeyboardInterrupt, OSError) as error:
         show_progress("")
         if os.environ.get("RANK", "0") == "0":                 # under torchrun, one line of all
-            print(f"train.py: {visible(str(error)) or 'stopped'}", file=sys.stderr, flush=True)
+            name = Path(sys.argv[0]).name
+            print(f"{name}: {visible(str(error)) or 'stopped'}", file=sys.stderr, flush=True)
         if dist.is_initialized():                              # at a normal exit gloo may abort
             os._exit(2)
         sys.exit(2)
