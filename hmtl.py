@@ -122,8 +122,7 @@ class Embedder(nn.Module):
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         self.dropout = settings.dropout
         n_layers, width = vocabulary.contextual.shape
-        self.word_width = settings.word_dim + settings.char_filters
-        self.width = self.word_width
+        self.width = self.word_width = settings.word_dim + settings.char_filters
         self.mixture = None
         if n_layers:
             self.mixture = LayerMixture(n_layers, width, settings.contextual_dim)

@@ -183,8 +183,7 @@ class Batch:
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
 def make_batch(documents, vocabulary, contextual=None):
-    """Documents -> `Batch`. What follows from a word alone is computed once per distinct word.
-    contextual: other `ContextualVectors` than the vocabulary's."""
+    """Documents -> `Batch`, each distinct word once. contextual: vectors, if not the vocabulary's."""
     sentences = [words for d in documents for words in d.sentences if words]
     lengths = [len(words) for words in sentences]
     distinct = {"": 0}
@@ -537,7 +536,7 @@ class ContextualVectors:
         keys = [tuple(words) for words in sentences]
         found = self.kept if self.kept.keys() >= {*keys} else self.compute(keys)
         arrays = [found[words].transpose(0, 1) for words in keys]          # (words, layers, width)
-        return pad_sequence(arrays, batch_first=True).permute(2, 0, 1, 3)
+        return pad_sequence(arrays, batch_first=True).permute(2, 0, 1, 3).contiguous()
 
     def compute(self, sentences, show=lambda done: None):
         """{sentence: tensor} of tuples of words. The function gets lists of words, 32 sentences of
