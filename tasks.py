@@ -183,7 +183,7 @@ class Batch:
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
 def make_batch(documents, vocabulary, contextual=None):
-    """Documents -> `Batch`, each distinct word once. contextual: vectors, if not the vocabulary's."""
+    """Documents -> `Batch`, each distinct word once. contextual: if not the vocabulary's."""
     sentences = [words for d in documents for words in d.sentences if words]
     lengths = [len(words) for words in sentences]
     distinct = {"": 0}
