@@ -469,7 +469,7 @@ class CorefHead(Head):
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
         columns = [torch.zeros_like(mention_scores)]
-        for d in range(1, min(self.settings.antecedents, len(g)) + 1):           # d = S: no pairs
+        for d in range(1, min(self.settings.antecedents, len(g)) + 1):     # at d = S no pair
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
             s = self.pair(hidden + of_product(narrow[d:] * narrow[:-d]))
@@ -655,8 +655,8 @@ class CorefQuestions(QuestionHead):
         self.max_span = settings.max_span
 
     def answers(self, x, batch, clusters):
-        """For the S spans that are found or in clusters: their tokens, and logits that span i is
-        the same as the later span j, (S, S). Then the loss of both questions."""
+        """First and last tokens of the S spans that are found or in clusters; then the logits and
+        targets of both questions, the second (S, S): is span i the same as the later span j."""
         gold = gold_clusters(batch, clusters, self.max_span)                     # (N, W)
         first, second = self.first(x[batch.mask]), self.second(x[batch.mask])    # (N, H)
         (mention, same), (mention_bias, same_bias) = self.label_vectors()
@@ -666,15 +666,16 @@ class CorefQuestions(QuestionHead):
         pairs = F.relu(first[n + w][:, None] + second[n + w]) @ same + same_bias        # (S, S)
         pairs = pairs + torch.full_like(pairs, -1e9).tril()           # of i < j alone
         right = (gold[n, w][:, None] == gold[n, w]).triu(1) & (gold[n, w] > 0)
-        loss = sum(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum")
-                   for logits, target in ((mentions[valid], gold[valid] > 0), (pairs, right)))
-        return list(zip(n.tolist(), (n + w).tolist())), pairs, loss
+        return n, n + w, [(mentions[valid], gold[valid] > 0), (pairs, right)]
 
     def loss(self, x, embedded, batch):
-        return self.answers(x, batch, self.gold(batch)[0])[2]
+        *_, questions = self.answers(x, batch, self.gold(batch)[0])
+        return sum(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="sum")
+                   for logits, target in questions)
 
     def decode(self, x, embedded, batch):
-        spans, pairs, _ = self.answers(x, batch, [])
+        first, last, (_, (pairs, _)) = self.answers(x, batch, [])
+        spans = list(zip(first.tolist(), last.tolist()))
         best = F.pad(pairs, (0, 0, 1, 0)).argmax(0).tolist()     # row 0: none, with logit 0
         return [clusters_of(spans, [i + 1 - k if k else 0 for i, k in enumerate(best)])]
 

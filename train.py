@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hmtl import (HIERARCHY, HMTL, QUESTION_HEADS, Settings, SpanQuestions, Tagger, annotate)
+from hmtl import HIERARCHY, HMTL, QUESTION_HEADS, Settings, SpanQuestions, Tagger, annotate
 from tasks import (ContextualVectors, InputError, Vocabulary, choose_tasks, cut_documents,
                    cut_sentences, expect, file_of, label_errors, label_scores, make_batch, one_line,
                    outermost, read_annotated, read_documents, read_text, read_vectors, tags_of,
@@ -227,8 +227,8 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def own_share(documents):
-    """This process's of documents in the order of their lengths. Shares weigh alike if documents
-    are dealt back and forth, to two processes 0 1 1 0 0 1 1 0 ..."""
+    """The documents of this process, from a list in the order of lengths. It is dealt back and
+    forth, to two processes 0 1 1 0 0 1 1 0 ...: so their shares take about the same time."""
     rank, n = processes()
     turns = [*range(n), *reversed(range(n))]
     return [d for i, d in enumerate(documents) if turns[i % (2 * n)] == rank]
@@ -241,7 +241,7 @@ def weighted_share(documents):
     return own or documents[:1], len(own) / len(documents)
 
 def add_up_gradients(model):
-    """Writes the sum of all processes' into p.grad. One vector takes less time than torch's
+    """Every p.grad becomes its sum over the processes. One vector takes less time than torch's
     DistributedDataParallel: two processes with batches of 32 then train on 1.6 times the sentences
     a second of one process with batches of 16, instead of 1.5 times."""
     if dist.is_initialized():
@@ -627,7 +627,7 @@ def predict(folder, paths, form, device, features):
             print("\n".join(lines), flush=True)
 
 def to_predict(path, key, whole):
-    """The documents of .json, .jsonl or .conll, or of raw text: of its sentences, if not whole."""
+    """The documents of a file by its ending, or of raw text: of its sentences, if not whole."""
     raw = Path(path).suffix not in (".json", ".jsonl", ".conll", ".bio")
     documents = [read_text(path)] if raw else read_annotated(path, key)
     expect(documents, path, "documents", "none")
@@ -717,7 +717,7 @@ def parse(arguments):
     add("--resume", action="store_true",
         help="go on with the run in --run; --epochs, --patience and --device may change")
     add("--predict", metavar="FILE", nargs="+",
-        help="annotate raw text (-: standard input), .json, .jsonl or .conll")
+        help="annotate raw text (-: standard input), .json, .jsonl, .conll or .bio")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--json", dest="form", action="store_const", const="json", default="text",
         help="predict JSON lines")
