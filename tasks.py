@@ -33,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 # ------------------------------------------------------------------------- documents and tasks
 
@@ -176,7 +175,7 @@ class Batch:
     words: torch.Tensor       # (U,) the distinct words' ids in the vocabulary; word 0 is padding
     chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and after words
     n_chars: torch.Tensor     # (U,) how many characters each has
-    states: torch.Tensor      # (L, B, T, F) contextual vectors, L layers of width F, if any
+    states: torch.Tensor      # (L, N, F) contextual vectors of the N tokens, L layers of width F
 
     def to(self, device):
         tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars, self.states)
@@ -530,13 +529,12 @@ class ContextualVectors:
             expect(callable(self.function), path, "a function features(sentences)", "none")
 
     def __call__(self, sentences):
-        """(layers, sentences, words, width), zero on padding; empty without a file."""
+        """(layers, words of all sentences, width); empty without a file."""
         if not self.path:
-            return torch.zeros(0, 0, 0, 0)
+            return torch.zeros(0, 0, 0)
         keys = [tuple(words) for words in sentences]
         found = self.kept if self.kept.keys() >= {*keys} else self.compute(keys)
-        arrays = [found[words].transpose(0, 1) for words in keys]          # (words, layers, width)
-        return pad_sequence(arrays, batch_first=True).permute(2, 0, 1, 3).contiguous()
+        return torch.cat([found[words] for words in keys], 1)
 
     def compute(self, sentences, show=lambda done: None):
         """{sentence: tensor} of tuples of words. The function gets lists of words, 32 sentences of

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from hmtl import (CRF, HIERARCHY, HMTL, Encoder, LayerMixture, RelationHead, Settings, Tagger,
+from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, LayerMixture, RelationHead, Settings, Tagger,
                   annotate, clusters_of, dropout, gold_clusters, layout, predict_sentences,
                   run_in_groups, with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed,
@@ -86,8 +86,7 @@ def quietly(call, *arguments):
 def overpadded(batch, tokens=5):
     """The same batch with more padding behind every sentence."""
     return replace(batch, tokens=nn.functional.pad(batch.tokens, (0, tokens)),
-                   mask=nn.functional.pad(batch.mask, (0, tokens)),
-                   states=nn.functional.pad(batch.states, (0, 0, 0, tokens)))
+                   mask=nn.functional.pad(batch.mask, (0, tokens)))
 
 
 def loss_and_gradient(model, name, batch):
@@ -609,7 +608,8 @@ class ModelTest(unittest.TestCase):
         heads = model.heads
         self.assertEqual(heads["ner"].questions(), [["ner", "LOC"], ["ner", "ORG"], ["ner", "PER"]])
         self.assertIn(["rel", "Works", "For"], heads["rel"].questions())
-        self.assertEqual(len({id(head.first) for head in heads.values()}), 1)
+        self.assertEqual(len({id(heads[name].first) for name in ("ner", "emd", "rel")}), 1)
+        self.assertIs(type(heads["coref"]), CorefHead)            # has no questions
         for name in ("ner", "rel"):
             task = next(t for t in tasks if t.name == name)
             batch = make_batch(task.data["train"][:3], vocabulary)
@@ -676,46 +676,6 @@ class ModelTest(unittest.TestCase):
             loss, _ = loss_and_gradient(model, task.name,
                                         make_batch(task.data["train"][:1], vocabulary))
             self.assertTrue(math.isfinite(loss))
-
-    def test_coreference_questions_against_single_pairs(self):
-        tasks, vocabulary, model = self.question_model()
-        task, head = tasks[-1], model.heads["coref"]
-        batch = make_batch(task.data["train"][:1], vocabulary)
-        embedded, inputs = model.encode(batch, ["coref"])
-        x = inputs["coref"][batch.mask]
-        head.reader.weight.data *= -0.3                # half of the spans, some of the pairs
-        weights, bias = head.label_vectors()
-        hidden = torch.relu(head.first(x)[:, None] + head.second(x))
-        head.reader.bias.data[-1] -= (hidden @ weights[0] + bias[0]).median()
-        mention, same = self.asked(model, vocabulary, head.questions())
-
-        def p(row, i, j):
-            hidden = torch.relu(head.first(x[i]) + head.second(x[j]))
-            return torch.sigmoid(row[:-1] @ hidden + row[-1]).item()
-        cluster = {span: i for i, c in enumerate(head.gold(batch)[0]) for span in c}
-        loss, spans, start = 0.0, [], 0
-        for n in batch.lengths:
-            for i in range(start, start + n):
-                for j in range(i, min(i + TINY.max_span, start + n)):
-                    found, gold = p(mention, i, j), (i, j) in cluster
-                    loss -= math.log(found if gold else 1 - found)
-                    spans += [(i, j, found > 0.5)] if gold or found > 0.5 else []
-            start += n
-        for (a, b, _), (i, j, _) in itertools.combinations(spans, 2):
-            found = p(same, b, j)
-            right = (a, b) in cluster and cluster[a, b] == cluster.get((i, j))
-            loss -= math.log(found if right else 1 - found)
-        self.assertAlmostEqual(head.loss(inputs["coref"], embedded, batch).item(), loss,
-                               delta=loss / 1e3)
-        found, of = [(i, j) for i, j, mentioned in spans if mentioned], {}
-        for k, (i, j) in enumerate(found):
-            chances = [p(same, b, j) for _, b in found[:k]]
-            if chances and max(chances) > 0.5:
-                of[i, j] = of.setdefault(found[chances.index(max(chances))], len(of))
-        expected = [{s for s, c in of.items() if c == k} for k in {*of.values()}]
-        clusters, = head.decode(inputs["coref"], embedded, batch)
-        self.assertEqual(sorted(map(sorted, clusters)), sorted(map(sorted, expected)))
-        self.assertTrue(clusters)
 
     def test_latent_mixture_is_a_softmax_of_weights(self):
         tasks, vocabulary, model = tiny_model(settings=replace(TINY, sharing="latent"))
@@ -1188,7 +1148,9 @@ class TrainingTest(unittest.TestCase):
             shared, head = {*map(id, trainer.shared)}, trainer.model.heads[name]
             self.assertTrue(shared > {*map(id, trainer.model.encoders.parameters())})
             held = shared & {*map(id, head.parameters())}
-            self.assertEqual(len(held), len([*head.parameters()]) if sharing == "question" else 0)
+            asked = sharing == "question" and name != "coref"
+            self.assertEqual(len(held), len([*head.parameters()]) if asked else 0)
+            self.assertEqual(len(shared), len(trainer.shared))    # each is held once
 
     def test_successive_regularization_on_two_parameters(self):
         trainer = tiny_trainer(("ner",), successive_delta=0.3)
@@ -1975,7 +1937,7 @@ def features(sentences):
         return quietly(train.build, settings, None, None, "f.py")
 
     def test_mixture(self):
-        mixture, states = LayerMixture(3, 4, 0), torch.randn(3, 2, 5, 4).half()
+        mixture, states = LayerMixture(3, 4, 0), torch.randn(3, 7, 4).half()
         with torch.no_grad():
             mixture.weights.copy_(torch.tensor([0.0, 99.0, 0.0]))
         torch.testing.assert_close(mixture(states), states[1].float())
@@ -2117,7 +2079,7 @@ def features(sentences):
         for array in (expected.numpy(), expected.double(), expected.tolist(), expected.half(),
                       expected.clone().requires_grad_(), expected.bfloat16()):
             vocabulary.contextual.function = lambda sentences: [array]
-            torch.testing.assert_close(vocabulary.contextual([words])[:, 0], expected.half(),
+            torch.testing.assert_close(vocabulary.contextual([words]), expected.half(),
                                        atol=0.02, rtol=0.02)
 
 
@@ -2180,13 +2142,6 @@ class CommandLineTest(FolderTest):
                        dict(unknown=-0.1), dict(clip=math.nan)):
             with self.assertRaisesRegex(InputError, r"--[\w-]+: expected"):
                 train.build(Settings(**change))
-
-    def test_a_task_without_questions(self):
-        self.addCleanup(HIERARCHY.pop, "pos")
-        HIERARCHY["pos"] = []
-        with self.assertRaisesRegex(InputError, "--sharing question: expected only ner, emd, rel"):
-            train.check_settings(Settings(tasks=("ner", "pos"), sharing="question"))
-        train.check_settings(Settings(tasks=("ner", "pos")))
 
     def test_what_a_resumed_run_may_change(self):
         stored = {"settings": asdict(replace(TINY, tasks=("ner",)))}

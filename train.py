@@ -36,10 +36,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hmtl import HIERARCHY, HMTL, QUESTION_HEADS, Settings, SpanQuestions, Tagger, annotate
+from hmtl import HIERARCHY, HMTL, QuestionHead, Settings, SpanQuestions, Tagger, annotate
 from tasks import (ContextualVectors, InputError, Vocabulary, choose_tasks, cut_documents,
                    cut_sentences, expect, file_of, label_errors, label_scores, make_batch, one_line,
                    outermost, read_annotated, read_documents, read_text, read_vectors, tags_of,
@@ -113,9 +114,9 @@ class MultiTaskTrainer:
         self.lr_schedulers = {name: ReduceLROnPlateau(optimizer, "max", factor=0.5, threshold=0,
                                                       patience=settings.lr_patience)
                               for name, optimizer in self.optimizers.items()}
-        self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
-        if settings.sharing == "question":
-            self.shared += model.heads.parameters()
+        answers = nn.ModuleList(h for h in model.heads.values() if isinstance(h, QuestionHead))
+        self.shared = [p for part in (model.embedder, model.encoders, answers)
+                       for p in part.parameters()]
         self.anchor = None            # the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
         self.history = []             # a dict per epoch, log.jsonl; all progress follows from it
@@ -154,21 +155,21 @@ class MultiTaskTrainer:
             loss = self.train_step(task)
             losses.setdefault(task.name, []).append(loss)
             show_step(self, step + 1, len(plan), loss)
-        return mean_losses(losses)
+        return {name: float(torch.stack(values).mean()) for name, values in losses.items()}
 
     def train_step(self, task):
         """One step on the task's next batch; the loss, as a tensor."""
         # The next batch, or this process's share of it.
         documents = task.batch(self.steps[task.name], self.settings.batch_size, self.settings.seed)
         self.steps[task.name] += 1
-        documents, weight = weighted_share(documents)          # weight 1 in a single process
+        documents, weight = weighted_share(documents)        # all, and 1, in a single process
         batch = make_batch(documents, self.vocabulary).to(self.model.device())
 
         # Its gradient, no longer than `clip`.
         self.model.zero_grad()               # to None: Adam skips what the task does not use
         loss = self.model(task.name, batch)["loss"] * weight
         loss.backward()
-        add_up_gradients(self.model)         # of all processes, if there are several
+        loss = add_up(loss, self.model)      # of all processes, if there are several
         if self.anchor:
             hold_to_anchor(self)
         norm = clip_grad_norm_(self.model.parameters(), self.settings.clip)
@@ -176,7 +177,7 @@ class MultiTaskTrainer:
 
         # One step of the task's own optimizer.
         self.optimizers[task.name].step()
-        return loss.detach()
+        return loss
 
     def evaluate(self, task, split):
         """The scores of one task on its dev or test documents."""
@@ -240,15 +241,16 @@ def weighted_share(documents):
     own = own_share(documents)
     return own or documents[:1], len(own) / len(documents)
 
-def add_up_gradients(model):
-    """Every p.grad becomes its sum over the processes. One vector takes less time than torch's
-    DistributedDataParallel: two processes with batches of 32 then train on 1.6 times the sentences
-    a second of one process with batches of 16, instead of 1.5 times."""
+def add_up(loss, model):
+    """The loss, and in place every p.grad, becomes its sum over the processes. One vector takes
+    less time than torch's DistributedDataParallel: two processes with batches of 32 then train on
+    1.6 times the sentences a second of one process with batches of 16, instead of 1.5 times."""
+    values = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        added = parameters_to_vector(gradients)
+        added = parameters_to_vector(values)
         dist.all_reduce(added)
-        vector_to_parameters(added, gradients)
+        vector_to_parameters(added, values)
+    return values[0]
 
 def gathered(value):
     """The value of every process."""
@@ -262,10 +264,6 @@ def add_up_processes(metric):
     metric.sums, metric.confusions = {}, sum((pairs for _, pairs in shares), Counter())
     for counts, _ in shares:
         metric.add(counts)
-
-def mean_losses(losses):
-    shares = gathered({name: float(torch.stack(values).mean()) for name, values in losses.items()})
-    return {name: sum(row[name] for row in shares) for name in losses}
 
 # The files of a run. The checkpoint comes last: a run killed before it repeats the epoch.
 def checksums(tasks):
@@ -510,16 +508,16 @@ def annotated_lines(document, names):
                 notes[start].append(f"    {text(start, end)} -- {label} -> {text(*to)}")
             else:
                 labels.setdefault((start, end), []).append(label)
-    opened, closed, ends = Counter(), [""] * len(words), []      # ends: of brackets that are open
-    for start, end in sorted(labels, key=lambda span: (span[0], -span[1])):
+    # Longest first: a span crosses one before it if its ends lie in different innermost spans.
+    opened, closed, innermost = Counter(), [""] * len(words), [None] * len(words)
+    for start, end in sorted(labels, key=lambda span: (span[0] - span[1], span)):
         label = " ".join(dict.fromkeys(labels[start, end]))
-        ends = [last for last in ends if last >= start]
-        if ends and ends[-1] < end:
-            notes[start].append(f"    {text(start, end)} {label}")
-        else:
-            ends.append(end)
+        if innermost[start] == innermost[end]:
+            innermost[start:end + 1] = [(start, end)] * (end + 1 - start)
             opened[start] += 1
             closed[end] = f" {label}]" + closed[end]
+        else:
+            notes[start].append(f"    {text(start, end)} {label}")
     lines, start = [], 0
     for sentence in document.sentences:
         tokens = range(start, start + len(sentence))
@@ -592,14 +590,14 @@ def load_run(folder, device="cpu", state=None, features=""):
 def data_folders(data, tasks):
     """{task name: folder} from --data DIR, or --data TASK=DIR ...; {} without data."""
     names, folders = [task.name for task in tasks], {}
-    for_all = [item for item in data if "=" not in item]
-    expect(len(for_all) < 2, "--data", "one folder for all tasks", " ".join(for_all))
-    for item in sorted(data, key=lambda item: "=" in item):      # what is for all tasks first
-        name, equals, folder = item.partition("=")
-        expect(not equals or name in names, "--data", f"one of the tasks {', '.join(names)}", name)
-        folders |= {name: folder} if equals else dict.fromkeys(names, item)
-    for name in names:
-        expect(name in folders or not data, "--data", f"a folder for the task {name}", "none")
+    for item in data:
+        name, _, folder = item.partition("=") if "=" in item else ("", "", item)
+        expect(name in ["", *names], "--data", f"one of the tasks {', '.join(names)}", name)
+        expect(name not in folders, "--data", f"one folder for {name or 'all tasks'}", folder)
+        folders[name] = folder
+    for_all = folders.pop("", None)
+    for name in names if data else []:
+        expect(folders.setdefault(name, for_all), "--data", f"a folder for the task {name}", "none")
     return folders
 
 def device_of(name):
@@ -698,8 +696,6 @@ def check_settings(settings):
         elif f.type in (int, float):
             low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
             expect(low <= value <= high, flag, f"a number from {low:g} to {high:g}", shown(value))
-    good = settings.sharing != "question" or {*settings.tasks} <= {*QUESTION_HEADS}
-    expect(good, "--sharing question", f"only {', '.join(QUESTION_HEADS)}", shown(settings.tasks))
 
 def shown(value):
     return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
