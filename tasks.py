@@ -540,10 +540,10 @@ class ContextualVectors:
         """{sentence: tensor} of tuples of words. The function gets lists of words, 32 sentences of
         like lengths at a time."""
         where, found = f"{self.path}: features()", {}
-        order = sorted({*sentences}, key=lambda words: (len(words), words))
-        for n in range(0, len(order), 32):
-            show(n)
-            asked = order[n:n + 32]
+        sentences = sorted({*sentences})
+        for indices in by_length([len(words) for words in sentences], 32):
+            show(len(found))
+            asked = [sentences[i] for i in indices]
             with one_line(f"{where}: expected a list of arrays"):
                 arrays = self.function([list(words) for words in asked])
                 arrays = [torch.as_tensor(x).detach().cpu() for x in arrays]

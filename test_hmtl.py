@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, LayerMixture, RelationHead, Settings, Tagger,
-                  annotate, clusters_of, dropout, gold_clusters, layout, predict_sentences,
+from hmtl import (CRF, HIERARCHY, HMTL, CorefHead, Encoder, LayerMixture, RelationHead, Settings,
+                  Tagger, annotate, clusters_of, dropout, gold_clusters, layout, predict_sentences,
                   run_in_groups, with_spans, with_types)
 from tasks import (COREF_SCORES, Document, InputError, Scores, Vocabulary, b_cubed,
                    best_matching_sum, builtin_documents, ceaf_e, choose_tasks, confusions,
@@ -698,7 +698,6 @@ class ModelTest(unittest.TestCase):
         torch.testing.assert_close(mixed, expected)
 
     def test_prediction_runs_every_encoder_once(self):
-        """To annotate, once for sentences and once for a document, which coreference reads."""
         _, vocabulary, model = tiny_model()
         calls = []
         for name, encoder in model.encoders.items():
@@ -709,8 +708,7 @@ class ModelTest(unittest.TestCase):
         self.assertEqual(sorted(calls), [(name, False) for name in sorted(ALL)])   # no gradient
         calls.clear()
         list(annotate(model, [document], vocabulary))
-        self.assertEqual(calls, [(name, False) for name in ("ner", "emd", "rel",
-                                                            "ner", "emd", "coref")])
+        self.assertEqual(calls, [(name, False) for name in ALL])
 
     def test_annotations_have_document_offsets(self):
         tasks, vocabulary, model = tiny_model(("ner", "rel"))
@@ -729,22 +727,26 @@ class ModelTest(unittest.TestCase):
                          {"relations": [[(1, 1, 0, 0, "A")], [], [(2, 2, 3, 3, "A")]]})
 
     def test_annotated_alone_equals_annotated_together(self):
-        _, vocabulary, model = tiny_model()
-        nn.init.zeros_(model.eval().heads["rel"].label.bias)        # so that there are relations
-        nn.init.constant_(model.heads["coref"].pair.upper[-1].bias, 0.6)           # and clusters
         whole = builtin_documents(4, np.random.default_rng(6))
-        for documents in (cut_documents(whole, 1), [
-                *whole, Document("empty", [[], []]), Document("e", [[], ["Ada"], [], ["left"]])]):
-            together = list(annotate(model, documents, vocabulary))
-            alone = [next(annotate(model, [document], vocabulary)) for document in documents]
-            self.assertEqual(together, alone)
-            for task in model.tasks.values():
-                rows = [d.annotations[task.annotation] for d in together]
-                self.assertTrue(any(map(any, rows)), task.name)
-                if not task.whole_documents:
-                    self.assertEqual(list(map(len, rows)), [len(d.sentences) for d in documents])
+        for names in (ALL, ALL[:3]):                 # documents at once, sentence by sentence
+            _, vocabulary, model = tiny_model(names)
+            nn.init.zeros_(model.eval().heads["rel"].label.bias)    # so that there are relations
+            if "coref" in names:                                    # and clusters
+                nn.init.constant_(model.heads["coref"].pair.upper[-1].bias, 0.6)
+            for documents in (cut_documents(whole, 1), [
+                    *whole, Document("empty", [[], []]), Document("e", [[], ["Ada"], [], ["x"]])]):
+                together = list(annotate(model, documents, vocabulary))
+                alone = [next(annotate(model, [document], vocabulary)) for document in documents]
+                self.assertEqual(together, alone)
+                for task in model.tasks.values():
+                    rows = [d.annotations[task.annotation] for d in together]
+                    self.assertTrue(any(map(any, rows)), task.name)
+                    if not task.whole_documents:
+                        self.assertEqual(list(map(len, rows)),
+                                         [len(d.sentences) for d in documents])
         sentences = [words for d in whole for words in d.sentences]
         expected = list(predict_sentences(model, sentences, vocabulary))
+        self.assertTrue(any(row["rel"] for row in expected))
         for window, size in [(7, 3), (1, 1), (20, 32)]:
             found = list(predict_sentences(model, sentences, vocabulary, window=window, size=size))
             self.assertEqual(found, expected)
