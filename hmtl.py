@@ -9,12 +9,12 @@ HMTL (Sanh, Wolf & Ruder, AAAI 2019, "the paper") puts the simple tasks at the b
 complex ones at the top; every encoder reads the word vectors and the encoder below it.
 
 Left out for the reader's sake, and found below the banner: what differs from the paper and why,
-other ways to share, the table of word vectors, first weights, which spans are listed, Viterbi.
+other ways to share, the table of word vectors, initial weights, candidate spans, Viterbi.
 
-Shape letters: B sentences, T tokens of the longest, N tokens of a document, U distinct words,
-C their characters, E width of the embedder, D width of an encoder, H hidden units of a head,
-K tags, R relation labels, W longest span, S kept spans, G width of a span's representation,
-A antecedents.
+Shape letters: B sentences, T tokens of the longest, N tokens of all, U distinct words, C their
+characters, L layers and F width of contextual vectors, E width of the embedder, D width of an
+encoder, H hidden units of a head, K tags, R relation labels, W longest span, S kept spans, G width
+of a span's representation, A antecedents. (In formulas U, V, W, A, P are also matrices.)
 """
 
 import re
@@ -63,9 +63,9 @@ class Settings:
     schedule: str = "proportional"     # which task next: see `plan_epoch` in train.py
     successive_delta: float = 1e-2     # penalty on the drift of shared weights, if successive
     epochs: int = 40                   # an epoch: as many steps as there are batches in all
-    patience: int = 20                 # training ends when no task improved for so many epochs
+    patience: int = 20                 # training ends when no task improved in this many epochs
     lr_patience: int = 4               # after more epochs without a best, a task's rate is halved
-    seed: int = 0                      # everything random follows from it
+    seed: int = 0                      # everything random in training follows from it
     threads: int = 1                   # of the CPU; beside a busy program more are far slower
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
@@ -84,11 +84,11 @@ def layout(sharing, tasks):
 
 # --------------------------------------------------------------------------------- shared layers
 
-def dropout(x, p, training, mask=1.0):
-    """A share p of the values becomes 0, the others are divided by 1 - p; all times mask."""
+def dropout(x, rate, training, mask=1.0):
+    """F.dropout(x, rate) * mask, the rate in whole 256ths: `random_bytes` are drawn faster."""
     if not training:
         return x * mask
-    limit = int(256 * p)                                # p in 256ths, to compare with bytes
+    limit = int(256 * rate)
     kept = random_bytes(x.shape, x.device) >= limit
     return x * (kept * (mask * (256 / (256 - limit))))
 
@@ -106,9 +106,9 @@ class LayerMixture(nn.Module):
         if projected:
             nn.init.xavier_uniform_(self.project.weight)
 
-    def forward(self, states):
+    def forward(self, layers):
         """(L, N, F) -> (N, width)."""
-        mixed = torch.tensordot(self.gamma * self.weights.softmax(0), states.float(), 1)
+        mixed = torch.tensordot(self.gamma * self.weights.softmax(0), layers.float(), 1)
         return self.project(mixed)
 
 class Embedder(nn.Module):
@@ -120,7 +120,7 @@ class Embedder(nn.Module):
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.chars.weight[1].data)       # unknown characters: never trained, so 0
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        self.dropout = settings.dropout
+        self.rate = settings.dropout
         n_layers, width = vocabulary.contextual.shape
         self.width = self.word_width = settings.word_dim + settings.char_filters
         self.mixture = None
@@ -130,16 +130,16 @@ class Embedder(nn.Module):
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
-        features = dropout(self.distinct(batch), self.dropout, self.training)
-        x = F.embedding(batch.tokens, features)
+        features = dropout(self.word_features(batch), self.rate, self.training)
+        x = F.embedding(batch.tokens, features)                               # (B, T, word_width)
         if self.mixture:
-            mixed = dropout(self.mixture(batch.states), self.dropout, self.training)
+            mixed = dropout(self.mixture(batch.contextual), self.rate, self.training)
             contextual = x.new_zeros(*batch.mask.shape, self.mixture.width)
             contextual[batch.mask] = mixed                                    # (N, width)
             x = torch.cat([x, contextual], 2)
         return x
 
-    def distinct(self, batch):
+    def word_features(self, batch):
         """[word vector; char CNN] of the distinct words, (U, word_width)."""
         return torch.cat([self.words(batch.words), self.char_features(batch)], 1)
 
@@ -162,10 +162,10 @@ class Encoder(nn.Module):
     of its backward half would go on through 100 and more steps of it, and was seen to overflow.
     """
 
-    def __init__(self, width, shape, dropout):
+    def __init__(self, width, shape, rate):
         super().__init__()
         n_layers, units = map(int, shape.split("x"))              # such as 2x64, per direction
-        self.dropout = dropout
+        self.rate = rate                                          # of dropout
         self.width = 2 * units
         widths = [width] + [self.width] * (n_layers - 1)
         self.forwards = nn.ModuleList(new_lstm(w, units) for w in widths)
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
             ahead, _ = forwards(x)                                               # (B, T, D / 2)
             back, _ = backwards(take_rows(x, turned))
             x = torch.cat([ahead, take_rows(back, turned)], 2)
-            x = dropout(x, self.dropout, self.training, mask=mask[:, :, None])
+            x = dropout(x, self.rate, self.training, mask=mask[:, :, None])
         return x
 
 # ----------------------------------------------------------------------------------------- heads
@@ -213,13 +213,6 @@ class Head(nn.Module):
         pairs = list(zip(predictions[self.task.name], self.gold(batch)))
         return {name: sum_of(score(*pair) for pair in pairs)
                 for name, score in self.scores.items()}
-
-    def confusions(self, predictions, batch):
-        """Counter of (gold label, predicted label); empty for clusters."""
-        if self.task.whole_documents:
-            return Counter()
-        pairs = zip(predictions[self.task.name], map(self.target, self.gold(batch)))
-        return sum((confusions(*pair) for pair in pairs), Counter())
 
     def target(self, rows):
         """Gold rows in the form of decoded ones."""
@@ -266,15 +259,15 @@ class CRF(nn.Module):
         (B, K, K). Each row's largest a is taken out before exp and added again.
         """
         transitions = self.transitions.exp()
-        state = self.start + emissions[:, 0]                                     # (B, K)
-        states = [state]
+        a = self.start + emissions[:, 0]                                         # (B, K)
+        steps = [a]
         for emitted in emissions.unbind(1)[1:]:
-            top = state.detach().amax(1, keepdim=True)
-            state = ((state - top).exp() @ transitions).log() + top + emitted
-            states.append(state)
+            top = a.detach().amax(1, keepdim=True)              # cancels: it needs no gradient
+            a = ((a - top).exp() @ transitions).log() + top + emitted
+            steps.append(a)
         # Every sentence ends at its own last token.
         last = mask.sum(1) - 1
-        final = torch.stack(states)[last, torch.arange(len(last))]               # (B, K)
+        final = torch.stack(steps)[last, torch.arange(len(last))]                # (B, K)
         return (final + self.end).logsumexp(1)
 
     @torch.no_grad()
@@ -287,13 +280,13 @@ class CRF(nn.Module):
 class Tagger(Head):
     """Spans with labels, as BIOUL tags: begin, inside, outside, unit (one word), last."""
 
-    def __init__(self, task, labels, width, word_width, settings):
+    def __init__(self, task, labels, width, embedded_width, settings):
         super().__init__(task, labels)
         self.tags = ["O"] + [f"{prefix}-{label}" for label in labels for prefix in "BIUL"]
         self.tag_ids = {tag: i for i, tag in enumerate(self.tags)}
         self.emit = nn.Linear(width, len(self.tags))
-        states = [*self.tags, "O"]                                # start and end act as O
-        self.crf = CRF(torch.tensor([[may_follow(a, b) for b in states] for a in states]))
+        ends = [*self.tags, "O"]                                  # start and end act as O
+        self.crf = CRF(torch.tensor([[may_follow(a, b) for b in ends] for a in ends]))
 
     def loss(self, x, embedded, batch):
         tags = torch.zeros(batch.tokens.shape, dtype=torch.long)                 # (B, T)
@@ -318,7 +311,7 @@ class RelationHead(Head):
     where i and j are the last tokens of the arguments, and U, W, V are first, second, label.
     """
 
-    def __init__(self, task, labels, width, word_width, settings):
+    def __init__(self, task, labels, width, embedded_width, settings):
         super().__init__(task, labels)
         self.first = nn.Linear(width, settings.relation_units)
         self.second = nn.Linear(width, settings.relation_units, bias=False)
@@ -340,7 +333,7 @@ class RelationHead(Head):
         return self.label.weight, self.label.bias
 
     def loss(self, x, embedded, batch):
-        """Binary cross-entropy, summed over pairs and labels."""
+        """Binary cross-entropy, summed over pairs and labels; the mean of the sentences."""
         loss = 0.0
         for logits, relations in zip(self.logits(x, batch), self.gold(batch)):
             related = torch.zeros(logits.shape)                                  # (T, T, R)
@@ -383,27 +376,27 @@ class CorefHead(Head):
     Every span of up to W words gets a mention score; the best are kept; each kept span picks an
     antecedent among the A kept spans before it, or none.
 
-        g_i       = [x_first; x_last; x^; phi]            x^: attended word vectors, phi: width
+        g_i       = [x_first; x_last; x^; phi]            x^: attended rows of embedded, phi: width
         s_m(i)    = FFNN(g_i)
-        s_a(i, j) = FFNN([g_i; g_j; P g_i o P g_j; phi])  phi: distance; P: to H values
+        s_a(i, j) = FFNN([g_i; g_j; P g_i o P g_j; phi])  phi: distance; P: a projection to H
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
     """
     scores = COREF_SCORES
     mean = "mean"
     BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]                 # where a new distance feature begins
 
-    def __init__(self, task, labels, width, word_width, settings):
+    def __init__(self, task, labels, width, embedded_width, settings):
         super().__init__(task, labels)
         units = settings.coref_units
-        feature = 20                                      # width of the vectors phi
+        phi = 20                                          # width of the feature vectors
         self.settings = settings
         self.attention = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1))
-        self.span_width = nn.Embedding(settings.max_span, feature)
-        self.distance = nn.Embedding(len(self.BUCKETS) + 1, feature)
-        self.mention = FFNN([width, width, word_width, feature], units)
-        span = 2 * width + word_width + feature
-        self.narrow = nn.Linear(span, units)              # P: a pair costs a quarter of g_i o g_j
-        self.pair = FFNN([span, span, units, feature], units)
+        self.span_width = nn.Embedding(settings.max_span, phi)
+        self.distance = nn.Embedding(len(self.BUCKETS) + 1, phi)
+        self.mention = FFNN([width, width, embedded_width, phi], units)
+        g = 2 * width + embedded_width + phi
+        self.narrow = nn.Linear(g, units)                 # P: a pair costs a quarter of g_i o g_j
+        self.pair = FFNN([g, g, units, phi], units)
 
     def loss(self, x, embedded, batch):
         """- sum over kept spans i of log P(i picks one of its correct antecedents)."""
@@ -456,7 +449,7 @@ class CorefHead(Head):
         return n, n + w, scores[n, w], dropout(g, self.settings.dropout, self.training)
 
     def attended_words(self, x, embedded, ends):
-        """x^ of all spans, (N, W, E): their words, weighted by a softmax of a learned score."""
+        """x^ of all spans, (N, W, E): their tokens, weighted by a softmax of a learned score."""
         scores = self.attention(x)[ends, 0]                                      # (N, W)
         step = torch.arange(ends.shape[1], device=x.device)
         outside = step > step[:, None]                                           # (W, W)
@@ -471,7 +464,8 @@ class CorefHead(Head):
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
         columns = [torch.zeros_like(mention_scores)]
-        for d in range(1, min(self.settings.antecedents, len(g)) + 1):     # at d = S no pair
+        # Up to d = S, where no pair is left: so every weight has a gradient, 0 with a single span.
+        for d in range(1, min(self.settings.antecedents, len(g)) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
             s = self.pair(hidden + of_product(narrow[d:] * narrow[:-d]))
@@ -488,7 +482,7 @@ class HMTL(nn.Module):
 
     def __init__(self, tasks, labels, vocabulary, settings, vectors=None):
         """tasks: chosen `Task`s, the lowest first; labels: {task name: list of labels}; vectors:
-        (words, array) of `read_vectors` or None."""
+        the words and array of `read_vectors`, or None."""
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
         self.below, self.reads = layout(settings.sharing, list(self.tasks))
@@ -498,11 +492,11 @@ class HMTL(nn.Module):
             width = self.embedder.width + sum(self.encoders[t].width for t in below)
             shape = getattr(settings, f"{name}_encoder", "") or settings.encoder
             self.encoders[name] = Encoder(width, shape, settings.dropout)
+        heads = HEADS | QUESTION_HEADS if settings.sharing == "question" else HEADS
         self.heads = nn.ModuleDict()
         self.metrics = {}
         for name, reads in self.reads.items():
             width = max(self.encoders[t].width for t in reads)    # several only if latent
-            heads = HEADS | (QUESTION_HEADS if settings.sharing == "question" else {})
             self.heads[name] = heads[name](self.tasks[name], labels[name], width,
                                            self.embedder.width, settings)
             self.metrics[name] = Scores(self.heads[name].mean)
@@ -540,7 +534,7 @@ class HMTL(nn.Module):
             return {"loss": head.loss(inputs[task_name], embedded, batch)}
         predictions = self.predict(batch, [task_name])
         self.metrics[task_name].add(head.count(predictions, batch))
-        self.metrics[task_name].confusions += head.confusions(predictions, batch)
+        self.metrics[task_name].confusions += count_confusions(head, predictions, batch)
         return {"predictions": predictions[task_name]}
 
     @torch.no_grad()
@@ -615,7 +609,7 @@ class QuestionHead(RelationHead):
     All tasks and labels share U, W, b and Q, d: `share_answers` hands them out, as `first`,
     `second` and `reader`, and `asked`, the batch of the questions. Relations are asked for two
     last tokens. Coreference keeps its own head: as two questions, which spans are mentions and
-    which two mentions are the same, it came to 57 F1 on the built-in corpus instead of 89.
+    which two mentions are the same, it came to 57 F1 on the built-in corpus, `flat` to 89.
     """
 
     def questions(self):
@@ -626,9 +620,9 @@ class QuestionHead(RelationHead):
 
     def label_vectors(self):
         asked = self.asked.to(self.first.weight.device)
-        words = F.embedding(asked.tokens, self.embedder.distinct(asked))     # (1 + R, T, width)
+        words = F.embedding(asked.tokens, self.embedder.word_features(asked))    # (1 + R, T, width)
         vectors = self.reader(words.sum(1) / asked.mask.sum(1, keepdim=True))    # (1 + R, H + 1)
-        return vectors[1:, :-1], vectors[1:, -1]             # the first is the task's name alone
+        return vectors[1:, :-1], vectors[1:, -1]             # without the first, see share_answers
 
 class SpanQuestions(QuestionHead):
     """Names and mentions: a question's answers are first and last tokens."""
@@ -639,8 +633,9 @@ class SpanQuestions(QuestionHead):
         """Of answers that overlap, the more probable stays."""
         found = [[] for _ in batch.lengths]
         for spans, logits in zip(found, self.logits(x, batch)):
-            answers, free = (logits > 0).nonzero().tolist(), set(range(len(logits)))
-            for i, j, r in sorted(answers, key=lambda answer: -logits[tuple(answer)]):
+            answers, free = (logits > 0).nonzero(), set(range(len(logits)))
+            order = logits[tuple(answers.T)].argsort(descending=True, stable=True)
+            for i, j, r in answers[order].tolist():
                 if i <= j and free.issuperset(range(i, j + 1)):
                     free -= {*range(i, j + 1)}
                     spans.append((i, j, self.labels[r]))
@@ -656,6 +651,7 @@ def share_answers(model, vocabulary, settings):
     for head in heads:
         head.label, head.reader = None, reader
         head.first, head.second = heads[0].first, heads[0].second
+        # The name alone comes first, so that the batch is not empty where there are no labels.
         questions = Document("", [[head.task.name], *head.questions()])
         head.asked = make_batch([questions], vocabulary, ContextualVectors())
         vars(head)["embedder"] = model.embedder    # not as a part, whose weights it would hold too
@@ -673,9 +669,8 @@ class WordVectors(nn.Module):
         table, frozen = torch.randn(n, settings.word_dim) * 0.1, torch.zeros(0, settings.word_dim)
         table[0] = 0.0                                                           # padding
         if vectors:
-            words, values = vectors
-            ids = [vocabulary.word_ids[word] for word in words]
-            ids = torch.tensor(ids, dtype=torch.long)
+            words, values = vectors[0], torch.as_tensor(vectors[1])
+            ids = torch.tensor([vocabulary.word_ids[word] for word in words], dtype=torch.long)
             table[ids[ids < n]] = values[ids < n]
             frozen = values[ids >= n]                       # in the order of the vocabulary
         self.trained = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
@@ -686,8 +681,8 @@ class WordVectors(nn.Module):
     def forward(self, ids):
         n = len(self.unknown)
         if self.training:
-            unknown = self.unknown[ids.clamp(max=n - 1)]
-            ids = torch.where(torch.rand(ids.shape, device=ids.device) < unknown, 1, ids)
+            chance = self.unknown[ids.clamp(max=n - 1)]
+            ids = torch.where(torch.rand(ids.shape, device=ids.device) < chance, 1, ids)
         vectors = self.trained(ids.clamp(max=n - 1))
         if len(self.frozen):
             vectors = torch.where((ids < n)[:, None], vectors, self.frozen[(ids - n).clamp(min=0)])
@@ -742,8 +737,9 @@ def viterbi(emissions, mask, start, transitions, end):
     best = [start + emissions[:, 0]]
     for emitted in emissions.unbind(1)[1:]:
         best.append((best[-1][:, :, None] + transitions).amax(1) + emitted)      # (B, K)
-    best, last, end = (x.cpu().numpy() for x in (torch.stack(best), mask.sum(1) - 1, end))
-    onward = transitions.T.cpu().numpy()
+    best = torch.stack(best).cpu().numpy()                                       # (T, B, K)
+    last = (mask.sum(1) - 1).cpu().numpy()
+    end, onward = end.cpu().numpy(), transitions.T.cpu().numpy()
     tag, tags = np.zeros(len(last), dtype=int), []
     for t in reversed(range(len(best))):
         scores = best[t] + np.where((last == t)[:, None], end, onward[tag])      # (B, K)
@@ -754,6 +750,13 @@ def viterbi(emissions, mask, start, transitions, end):
 def sum_of(counts):
     return [sum(column) for column in zip(*counts)]
 
+def count_confusions(head, predictions, batch):
+    """Counter of (gold label, predicted label); empty for clusters."""
+    if head.task.whole_documents:
+        return Counter()
+    pairs = zip(predictions[head.task.name], map(head.target, head.gold(batch)))
+    return sum((confusions(*pair) for pair in pairs), Counter())
+
 def argument_tagger(tasks):
     """The tagger that gives relations their arguments: mentions before names."""
     return next((name for name in ("emd", "ner") if name in tasks), None)
@@ -761,14 +764,14 @@ def argument_tagger(tasks):
 def with_spans(relations, spans):
     """Relations between last tokens as (start1, end1, start2, end2, label), the arguments being
     the spans that end there; a relation is left out if there is none."""
-    start = {end: start for start, end, _ in spans}
-    return [(start[i], i, start[j], j, label) for i, j, label in relations
-            if i in start and j in start]
+    start_of = {end: start for start, end, _ in spans}
+    return [(start_of[i], i, start_of[j], j, label) for i, j, label in relations
+            if i in start_of and j in start_of]
 
 def with_types(relations, spans):
     """Relations with the labels of their arguments' spans."""
-    label = {(start, end): label for start, end, label in spans}
-    return [(*r, label.get(r[:2]), label.get(r[2:4])) for r in relations]
+    label_of = {(start, end): label for start, end, label in spans}
+    return [(*r, label_of.get(r[:2]), label_of.get(r[2:4])) for r in relations]
 
 def count_relations(predictions, batch, gold_relations):
     """`last-token`, the paper's score, asks for the label and both arguments' last tokens;
@@ -837,7 +840,8 @@ def annotate(model, documents, vocabulary):
             for task in by_sentence:
                 of_sentence = [shifted(row, start) for row in here.get(task.name, [])]
                 rows[task.annotation].append(of_sentence)
-        rows |= {key: x for key, x in document.annotations.items() if key == "offsets"}
+        if "offsets" in document.annotations:
+            rows["offsets"] = document.annotations["offsets"]
         yield Document(document.key, document.sentences, rows)
 
 def predict_sentences(model, sentences, vocabulary, window=1024, size=32):

@@ -42,7 +42,8 @@ class Document:
 
     annotations: {key: rows}. "ner" and "emd" have a list per sentence of (start, end, label),
     "relations" a list per sentence of (start1, end1, start2, end2, label), "clusters" a list per
-    cluster of (start, end). A missing key means not annotated; empty lists, none was found.
+    cluster of (start, end). A missing key means not annotated; empty lists: nothing is there. Raw
+    text has "offsets", a list per sentence of its words' characters (start, end), end exclusive.
     """
     key: str
     sentences: list                      # of lists of words
@@ -69,7 +70,7 @@ class Task:
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them: all documents that carry its
-        annotation. Coreference cuts training documents of more than max_tokens. InputError."""
+        annotation. Coreference cuts training documents above max_tokens. Raises InputError."""
         for split in ("train", "dev", "test"):
             documents = read_split(folder, split, self) if folder else builtin_split(split, self)
             longest = max_tokens if split == "train" else sys.maxsize
@@ -77,12 +78,13 @@ class Task:
 
     def parts(self, documents, max_tokens=sys.maxsize):
         """What the task reads at a time: sentences, or documents of up to max_tokens."""
-        return cut_documents(documents, max_tokens if self.whole_documents else 1)
+        return cut_documents(documents, max_tokens if self.whole_documents else 1)  # 1: a sentence
 
     def labels(self):
         """The labels of the training documents, sorted; coreference has none."""
-        lists = [] if self.whole_documents else [d.annotations[self.annotation][0]
-                                                 for d in self.data["train"]]
+        if self.whole_documents:
+            return []
+        lists = [d.annotations[self.annotation][0] for d in self.data["train"]]     # of sentences
         return sorted({row[-1] for rows in lists for row in rows})
 
     def batch_size(self, size):
@@ -94,18 +96,18 @@ class Task:
         return math.ceil(len(self.data["train"]) / self.batch_size(size))
 
     def batch(self, n, size, seed):
-        """The documents of training batch number n = 0, 1, 2, ..., a function of the arguments: a
-        resumed run needs only the number of batches drawn."""
-        epoch, n = divmod(n, self.n_batches(size))
-        indices = self.batch_order(epoch, size, seed)[n]
+        """The documents of training batch number n = 0, 1, 2, ..., which follow from n, size and
+        seed alone: a resumed run needs only the number of batches drawn."""
+        n_before, index = divmod(n, self.n_batches(size))        # passes over the data before it
+        indices = self.batch_order(n_before, size, seed)[index]
         return [self.data["train"][i] for i in indices]
 
-    def batch_order(self, epoch, size, seed):
+    def batch_order(self, n_before, size, seed):
         """The document indices of every batch of one pass over the data."""
-        key = (epoch, size, seed)
+        key = (n_before, size, seed)
         if key not in self.order:
             lengths = [len(d) for d in self.data["train"]]
-            rng = np.random.default_rng([seed, *self.name.encode(), epoch])    # name: bytes
+            rng = np.random.default_rng([seed, *self.name.encode(), n_before])     # name: bytes
             batches = plan_batches(lengths, self.batch_size(size), rng)
             self.order = {key: batches}                    # cached until the next pass
         return self.order[key]
@@ -128,8 +130,8 @@ TASKS = [Task("ner", "ner", "f1", builtin_size=300),
 class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
-    words: these two, those of the training documents, those that only the vector file has. counts:
-    how many training documents contain each; inf for the first two, none for the vector file's.
+    words: padding and unknown, those of the training documents, those that only the vector file
+    has. counts: how many training documents contain each; inf for the first two, none for the last.
     contextual: `ContextualVectors`, what a frozen encoder of the user's makes of whole sentences.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
@@ -144,7 +146,8 @@ class Vocabulary:
 
     @classmethod
     def from_documents(cls, documents, more_words=(), contextual=None):
-        # Count documents, not tokens: a name repeated in one document is still unseen elsewhere.
+        # Count documents (sentences cut from one share its key), not tokens: a name repeated in one
+        # document is still unseen elsewhere.
         seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
         lowered = {(key, word.lower()) for key, word in seen}
         counts = Counter(word for _, word in lowered)
@@ -164,9 +167,10 @@ class Vocabulary:
 
 @dataclass
 class Batch:
-    """Documents as tensors: the sentences of all documents side by side, empty ones left out.
+    """Documents as tensors: the sentences of all documents as rows, empty ones left out.
 
-    B sentences, T tokens in the longest, U distinct words, C characters in all of these.
+    B sentences, T tokens in the longest, N in all, U distinct words (case counts, padding is one),
+    C characters in all of these.
     """
     documents: list
     lengths: list             # B sentence lengths
@@ -175,10 +179,10 @@ class Batch:
     words: torch.Tensor       # (U,) the distinct words' ids in the vocabulary; word 0 is padding
     chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and after words
     n_chars: torch.Tensor     # (U,) how many characters each has
-    states: torch.Tensor      # (L, N, F) contextual vectors of the N tokens, L layers of width F
+    contextual: torch.Tensor  # (L, N, F) contextual vectors, L layers of width F; empty if none
 
     def to(self, device):
-        tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars, self.states)
+        tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars, self.contextual)
         return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
 
 def make_batch(documents, vocabulary, contextual=None):
@@ -207,7 +211,7 @@ class Scores:
     """
 
     def __init__(self, mean=None):
-        """mean: the name of the mean of all F1, if that is to be a score too."""
+        """mean: the name of the mean of all F1, if it is a score of its own."""
         self.mean = mean
         self.sums = {}
         self.confusions = Counter()      # of (gold label, predicted label); None: nothing there
@@ -285,13 +289,13 @@ def label_scores(pairs):
 
 def label_errors(pairs):
     """[((gold label, predicted label), number)] of those that differ, the most frequent first."""
-    return [(pair, n) for pair, n in pairs.most_common() if len({*pair}) > 1]
+    return [(pair, n) for pair, n in pairs.most_common() if pair[0] != pair[1]]
 
 def overlaps(predicted, gold):
     """{(i, j): how many mentions predicted cluster i and gold cluster j share}, where they do."""
-    i, j = ({mention: number for number, cluster in enumerate(clusters) for mention in cluster}
-            for clusters in (predicted, gold))
-    return Counter((i[mention], j[mention]) for mention in i if mention in j)
+    of_predicted, of_gold = ({m: i for i, cluster in enumerate(clusters) for m in cluster}
+                             for clusters in (predicted, gold))
+    return Counter((i, of_gold[m]) for m, i in of_predicted.items() if m in of_gold)
 
 def muc(predicted, gold):
     """Vilain et al. 1995: links, n - 1 in n mentions; hits are the links in what clusters share."""
@@ -317,7 +321,7 @@ def best_matching_sum(value):
     """The largest sum of entries of a matrix >= 0, at most one in a row and in a column: shortest
     paths with row and column potentials (Jonker & Volgenant 1987), O(n^3)."""
     value = value[value.any(1)][:, value.any(0)]   # the others match nothing, and may be many
-    value = min(value, value.T, key=len)
+    value = min(value, value.T, key=len)           # no more rows than columns
     n, m = value.shape
     cost = np.pad(-value, ((0, 0), (0, 1)))        # column m is where a new row starts
     row_of = np.full(m + 1, -1)                    # the row matched to each column
@@ -392,8 +396,11 @@ def read_documents(path, task):
 
 def read_annotated(path, annotation):
     """All documents of a file of JSON lines, or else of columns with tags of that annotation."""
-    is_json = Path(path).suffix in (".json", ".jsonl")
+    is_json = suffix_of(path) in (".json", ".jsonl")
     return read_json(path) if is_json else read_columns(path, annotation)
+
+def suffix_of(path):
+    return Path(str(path).removesuffix(".gz")).suffix
 
 def read_lines(path):
     """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""
@@ -416,9 +423,9 @@ def parse_document(line, where, key):
     """A Document from one line of JSON; `where` stands in errors, `key` is its default doc_key."""
     try:
         row = json.loads(line)
-        half = re.findall("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
+        surrogates = re.findall("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
-        row, half = f"other text ({error})", []
+        row, surrogates = f"other text ({error})", []
     expect(isinstance(row, dict), where, "one JSON object a line", row)
     found = {task.annotation: row.get(task.annotation) for task in TASKS}
     found = {name: lists for name, lists in found.items() if lists is not None}
@@ -429,7 +436,7 @@ def parse_document(line, where, key):
         expect(lists, where, f"{name} as a list of lists", x)
     for x in chain(*document.sentences):
         expect(isinstance(x, str) and x.strip(), where, "every word to be a non-empty string", x)
-    expect(not half, where, "valid characters, which a file can hold", half)
+    expect(not surrogates, where, "valid characters, which a file can hold", surrogates)
     ends = np.cumsum([0, *map(len, document.sentences)]).tolist()
     for name, lists in found.items():
         here, types = f"{where}, {name}", ROW_TYPES.get(name, "int, int, str")
@@ -441,7 +448,7 @@ def parse_document(line, where, key):
             expect(shape == types and all(low <= a <= b < high for a, b in zip(x[::2], x[1::2])),
                    here, f"[{types}] with {low} <= start <= end < {high}", x)
             expect(str(x[-1]).strip(), here, "a label with characters", x)
-        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]     # each once
+        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # in the document
     clusters = found.get("clusters", [])
     expect(all(clusters), f"{where}, clusters", "clusters with spans, none empty", clusters)
     for span, n in Counter(chain(*clusters)).items():
@@ -590,8 +597,8 @@ def line_ends(text):
                 yield end
 
 def cut_sentences(document, where, longest=300):
-    """The document with no longer sentences, as relations need memory for every pair of tokens; if
-    one is cut, without its annotations."""
+    """The document with its sentences cut to `longest` words, as relations need memory for every
+    pair of tokens; if any is cut, without its annotations."""
     if max(map(len, document.sentences), default=0) <= longest:
         return document
     print(f"{where}: cut: a sentence of more than {longest} words", file=sys.stderr)
@@ -661,8 +668,8 @@ def add_sentence(document, template, relations, cast, previous, rng):
     emd = [(*span, KINDS[symbol.upper()]) for symbol, span in spans.items()]
     ner = [row for row in emd if words[row[0] - offset].istitle()]      # only names are
     related = [(*spans[a], *spans[b], r) for a, r, b in re.findall(r"(\w) (\w+) (\w)", relations)]
-    for rows, new in zip(document.annotations.values(), (ner, emd, related)):
-        rows.append(new)
+    for key, rows in (("ner", ner), ("emd", emd), ("relations", related)):
+        document.annotations[key].append(rows)
     document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
     return named
 
@@ -679,6 +686,7 @@ WORD = re.compile(
     r"(?:https?://|www\.)\S*[\w/]|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+|" + ABBREVIATION
     + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
     r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
+# The first alternative passes over what ends no sentence; group 1 is an end.
 SENTENCE_END = re.compile(
     r"(?:" + ABBREVIATION + r"|\.{2,}|…)"
     r"(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"

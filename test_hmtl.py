@@ -104,7 +104,7 @@ class EncoderTest(unittest.TestCase):
 
     def test_equals_packed_bidirectional_lstm(self):
         torch.manual_seed(0)
-        encoder, lengths = Encoder(5, "2x4", dropout=0.0), [7, 1, 4]
+        encoder, lengths = Encoder(5, "2x4", rate=0.0), [7, 1, 4]
         plain = nn.LSTM(5, 4, 2, batch_first=True, bidirectional=True)
         for lstms, end in [(encoder.forwards, ""), (encoder.backwards, "_reverse")]:
             for (layer, lstm), name in itertools.product(
@@ -124,7 +124,7 @@ class EncoderTest(unittest.TestCase):
     def test_a_long_sentence_does_no_harm_to_the_gradient_of_a_short_one(self):
         """Weights that let gradients grow: nothing may run through 295 tokens of padding."""
         torch.manual_seed(0)
-        encoder = Encoder(5, "1x8", dropout=0.0)
+        encoder = Encoder(5, "1x8", rate=0.0)
         mask = torch.arange(300) < torch.tensor([[5], [300]])
         for lstm in [*encoder.forwards, *encoder.backwards]:
             for of_state in lstm.weight_hh_l0.data.chunk(4):
@@ -142,7 +142,7 @@ class EncoderTest(unittest.TestCase):
 
     def test_groups_of_like_length_equal_one_batch(self):
         torch.manual_seed(0)
-        encoder, calls = Encoder(5, "2x4", dropout=0.0), []
+        encoder, calls = Encoder(5, "2x4", rate=0.0), []
         encoder.register_forward_hook(lambda _, inputs, output: calls.append(inputs[1]))
         for lengths, shapes in [((3, 9, 1, 4, 8, 2, 9, 1, 1, 30), [(8, 9), (2, 30)]),
                                 ((3, 9, 1, 4, 8), [(3, 4), (2, 9)]),
@@ -158,7 +158,7 @@ class EncoderTest(unittest.TestCase):
 
 
     def test_only_the_forget_gate_starts_open(self):
-        encoder = Encoder(5, "2x4", dropout=0.0)
+        encoder = Encoder(5, "2x4", rate=0.0)
         lstms = [*encoder.forwards, *encoder.backwards]
         self.assertEqual([lstm.bias_ih_l0.tolist() for lstm in lstms],     # gates: input, forget,
                          [[0.0] * 4 + [1.0] * 4 + [0.0] * 8] * 4)          # cell, output
@@ -183,7 +183,7 @@ class DropoutTest(unittest.TestCase):
         """Padding stays zero; every layer of an encoder has it, and so has the embedder."""
         torch.manual_seed(0)
         mask = torch.arange(40) < torch.tensor([[40], [25]])
-        encoder, seen = Encoder(5, "2x50", dropout=0.5), []
+        encoder, seen = Encoder(5, "2x50", rate=0.5), []
         encoder.forwards[1].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
         seen.append(encoder(torch.randn(2, 40, 5) * mask[:, :, None], mask))
         _, vocabulary, model = tiny_model(("ner",), replace(TINY, dropout=0.5))
@@ -895,7 +895,7 @@ class ScoreTest(unittest.TestCase):
 # ------------------------------------------------------------------------------------- training
 
 def train_20_steps(rank, n_processes, folder):
-    """(weights, dev scores) after 20 steps of every task; of several processes the first saves."""
+    """(weights, dev scores, losses) of 20 steps of all tasks; of several processes the first saves."""
     if n_processes > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_processes)
@@ -904,9 +904,8 @@ def train_20_steps(rank, n_processes, folder):
     settings = replace(TINY, batch_size=5)                        # shares of 3 and 2
     trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
     model.train()
-    for i in range(20):
-        trainer.train_step(tasks[i % 4])
-    found = model.state_dict(), [trainer.evaluate(task, "dev") for task in tasks]
+    losses = torch.stack([trainer.train_step(tasks[i % 4]) for i in range(20)])
+    found = model.state_dict(), [trainer.evaluate(task, "dev") for task in tasks], losses
     if n_processes > 1:
         if rank == 0:
             train.write(Path(folder) / "two.pt", found)
@@ -1002,7 +1001,8 @@ class TrainingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             one = train_20_steps(0, 1, folder)
             torch.multiprocessing.spawn(train_20_steps, (2, folder), nprocs=2)
-            weights, scores = train.load(Path(folder) / "two.pt")
+            weights, scores, losses = train.load(Path(folder) / "two.pt")
+            torch.testing.assert_close(losses, one[2])
             for name, value in one[0].items():
                 torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
             for found, expected in zip(scores, one[1]):
@@ -1645,7 +1645,14 @@ class ScreenTest(unittest.TestCase):
         head.decode = lambda *_: [[]]
         marks.append(re.findall(r"^ +(right|wrong|gold) ",
                                 self.printed(train.print_examples, trainer), re.M))
-        self.assertEqual(marks, [["right"] * 2, ["wrong", "gold"] * 2])
+        trainer = tiny_trainer(("rel",))       # without a tagger an argument is its last token
+        trainer.model.heads["rel"].decode = lambda x, embedded, batch: [
+            [(i, j, label) for d in trainer.tasks[0].data["dev"] if d.sentences == document.sentences
+             for _, i, _, j, label in d.annotations["relations"][0]]
+            for document in batch.documents]
+        marks.append(re.findall(r"^ +(right|wrong|gold) ",
+                                self.printed(train.print_examples, trainer), re.M))
+        self.assertEqual(marks, [["right"] * 2, ["wrong", "gold"] * 2, ["right"] * 2])
 
     def test_when_more_epochs_may_help(self):
         trainer = tiny_trainer(("ner",))
@@ -1808,6 +1815,8 @@ class RunTest(FolderTest):
         self.untrained("question", "rel", "ner", sharing="question")
         Path("x.bio").write_bytes(Path("x.conll").read_bytes())
         self.assertEqual(self.output("--run r --predict x.bio --columns"), columns)
+        Path("x.bio.gz").write_bytes(gzip.compress(Path("x.conll").read_bytes()))
+        self.assertEqual(self.output("--run r --predict x.bio.gz --columns"), columns)
         Path("none.jsonl").write_text("")
         self.refused("--run r --predict none.jsonl", "none.jsonl: expected documents")
         for run in ("emd", "question"):
@@ -2133,7 +2142,7 @@ class CommandLineTest(FolderTest):
         settings = Settings(tasks=("ner",))
         tasks, vocabulary, model = train.build(settings)
         trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, run)
-        with self.assertRaisesRegex(InputError, "holds a run"):
+        with self.assertRaisesRegex(InputError, "a folder without a run"):
             trainer.train(1)
 
     def test_settings_from_python_are_checked(self):

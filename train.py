@@ -40,11 +40,12 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from hmtl import HIERARCHY, HMTL, QuestionHead, Settings, SpanQuestions, Tagger, annotate
-from tasks import (ContextualVectors, InputError, Vocabulary, choose_tasks, cut_documents,
+from hmtl import (HIERARCHY, HMTL, QuestionHead, Settings, SpanQuestions, Tagger, annotate,
+                  argument_tagger)
+from tasks import (ContextualVectors, Document, InputError, Vocabulary, choose_tasks, cut_documents,
                    cut_sentences, expect, file_of, label_errors, label_scores, make_batch, one_line,
-                   outermost, read_annotated, read_documents, read_text, read_vectors, tags_of,
-                   to_json)
+                   outermost, read_annotated, read_documents, read_text, read_vectors, suffix_of,
+                   tags_of, to_json)
 
 # ------------------------------------------------------------------------------- which task next
 
@@ -56,7 +57,7 @@ def sampling_probabilities(schedule, n_batches):
 def choose_task(sampling_prob, rng):
     """The index of the task to train next: one multinomial draw from a numpy generator."""
     draw = rng.multinomial(1, sampling_prob)                     # such as [0, 1, 0]
-    return int(np.argmax(draw))
+    return int(draw.argmax())
 
 def plan_epoch(schedule, n_batches, rng):
     """The index of the task of every step of an epoch: as many steps as there are batches in all.
@@ -88,7 +89,7 @@ def epochs_waited(scores):
 def evaluate(model, vocabulary, task, documents, size=32):
     """The scores of one task on documents that carry its annotation."""
     model.eval()
-    model.get_metrics(task.name, reset=True)
+    model.get_metrics(task.name, reset=True)                     # forgets what was scored before
     documents = own_share(sorted(documents, key=len))
     size = task.batch_size(size)
     for i in range(0, len(documents), size):
@@ -114,13 +115,11 @@ class MultiTaskTrainer:
         self.lr_schedulers = {name: ReduceLROnPlateau(optimizer, "max", factor=0.5, threshold=0,
                                                       patience=settings.lr_patience)
                               for name, optimizer in self.optimizers.items()}
-        answers = nn.ModuleList(h for h in model.heads.values() if isinstance(h, QuestionHead))
-        self.shared = [p for part in (model.embedder, model.encoders, answers)
-                       for p in part.parameters()]
+        self.shared = shared_parameters(model)
         self.anchor = None            # the shared parameters at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
         self.history = []             # a dict per epoch, log.jsonl; all progress follows from it
-        self.data = checksums(tasks)
+        self.checksums = checksums(tasks)
 
     def train(self, n_epochs):
         """Trains until epoch n_epochs, or until every task has run out of patience."""
@@ -143,7 +142,8 @@ class MultiTaskTrainer:
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
         rng = np.random.default_rng([self.settings.seed, epoch])
-        torch.manual_seed(int(rng.integers(2 ** 63)) + processes()[0])
+        rank, _ = processes()                                    # dropout differs between them
+        torch.manual_seed(int(rng.integers(2 ** 63)) + rank)
         n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
         plan = plan_epoch(self.settings.schedule, n_batches, rng)
         losses = {}
@@ -211,6 +211,11 @@ def refuse_non_finite(trainer, task, loss, norm):
                       f"step {step}, in epoch {good + 1}; checkpoint.pt is good and holds epoch "
                       f"{good}")
 
+def shared_parameters(model):
+    """Those of embedder and encoders, and of heads that share their layers, each once."""
+    asked = nn.ModuleList(h for h in model.heads.values() if isinstance(h, QuestionHead))
+    return [p for part in (model.embedder, model.encoders, asked) for p in part.parameters()]
+
 def set_anchor(trainer):
     """Remembers the shared parameters at the end of a task; there is none before the first."""
     if any(trainer.steps.values()):
@@ -224,7 +229,7 @@ def hold_to_anchor(trainer):
 
 # Several processes (torchrun): all draw the same task, each takes its share; the first writes.
 def processes():
-    """(the number of this process, how many there are)."""
+    """(rank, world size): the number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def own_share(documents):
@@ -265,7 +270,7 @@ def add_up_processes(metric):
     for counts, _ in shares:
         metric.add(counts)
 
-# The files of a run. The checkpoint comes last: a run killed before it repeats the epoch.
+# The files of a run. The checkpoint comes last: after a kill before it, --resume repeats the epoch.
 def checksums(tasks):
     """{task: {split: checksum of its documents}}."""
     return {task.name: {split: hashlib.sha256("\n".join(map(to_json, x)).encode()).hexdigest()
@@ -276,8 +281,8 @@ def start_run(trainer):
     trainer.folder.mkdir(parents=True, exist_ok=True)
     if not trainer.history:
         log, vocabulary = trainer.folder / "log.jsonl", trainer.vocabulary
-        if log.exists() and log.stat().st_size:
-            raise InputError(f"{trainer.folder}: holds a run; --resume it, or name another folder")
+        new = not log.exists() or not log.stat().st_size
+        expect(new, trainer.folder, "a folder without a run", "log.jsonl")
         if trainer.settings.vectors:
             words = "".join(word + "\n" for word in vocabulary.words[len(vocabulary.counts):])
             vectors = trainer.model.embedder.words.frozen
@@ -295,7 +300,7 @@ def save_run(trainer):
             write(path, trained)
     write_log(trainer)
     write(trainer.folder / "checkpoint.pt", {
-        **trained, "data": trainer.data, "steps": trainer.steps, "history": trainer.history,
+        **trained, "data": trainer.checksums, "steps": trainer.steps, "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
 
@@ -304,7 +309,7 @@ def write_log(trainer):
 
 def restore_run(trainer, checkpoint):
     """Everything but the model, which `build` has loaded."""
-    for task, splits in trainer.data.items():
+    for task, splits in trainer.checksums.items():
         for split, checksum in splits.items():
             expect(checkpoint["data"][task][split] == checksum, "--resume",
                    f"the {split} data of {task} as in the run", "others")
@@ -366,7 +371,10 @@ def write(path, content):
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -388,7 +396,7 @@ def new_folder(tasks):
     return next(name for name in names if not name.exists())
 
 def lock(folder):
-    """Refuses a second process in a folder while the result is kept; the system unlocks at exit."""
+    """Refuses a second process in a folder while the connection is open; an exit closes it."""
     folder.mkdir(parents=True, exist_ok=True)
     with one_line(f"{folder / 'lock'}: expected a file that no other process has locked"):
         connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
@@ -483,12 +491,20 @@ def print_examples(trainer):
     for task in trainer.tasks:
         print(f"\n{task.name}, dev")
         names, dev = [task.annotation], task.data["dev"]
-        for document in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
-            found = next(annotate(trainer.model, [document], trainer.vocabulary))
-            found, gold = annotated_lines(found, names), annotated_lines(document, names)
+        for gold in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
+            found = next(annotate(trainer.model, [gold], trainer.vocabulary))
+            if task.name == "rel" and not argument_tagger(trainer.model.tasks):
+                gold = last_tokens(gold)                 # all that can be found without a tagger
+            found, gold = annotated_lines(found, names), annotated_lines(gold, names)
             versions = {"right": gold} if found == gold else {"wrong": found, "gold": gold}
             for mark, lines in versions.items():
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
+
+def last_tokens(document):
+    """The document with the last tokens of its relations' arguments."""
+    lists = [[(i, i, j, j, label) for _, i, _, j, label in rows]
+             for rows in document.annotations["relations"]]
+    return Document(document.key, document.sentences, {"relations": lists})
 
 def annotated_lines(document, names):
     """The sentences with [bracketed LABEL] spans, #n for the clusters they are in; below each its
@@ -543,7 +559,7 @@ def build(settings, checkpoint=None, folder=None, features=""):
     documents, words, vectors = [d for t in tasks for d in t.data["train"]], [], None
     if settings.vectors:
         words, values = read_vectors(settings.vectors)
-        vectors = words, torch.from_numpy(values)
+        vectors = words, values
         settings.word_dim = values.shape[1]              # the file's width wins
         seen = Counter(word.lower() for d in documents for word in chain(*d.sentences))
         known = seen.keys() & {*words}
@@ -626,7 +642,7 @@ def predict(folder, paths, form, device, features):
 
 def to_predict(path, key, whole):
     """The documents of a file by its ending, or of raw text: of its sentences, if not whole."""
-    raw = Path(path).suffix not in (".json", ".jsonl", ".conll", ".bio")
+    raw = suffix_of(path) not in (".json", ".jsonl", ".conll", ".bio")
     documents = [read_text(path)] if raw else read_annotated(path, key)
     expect(documents, path, "documents", "none")
     for i, document in enumerate(documents):
