@@ -87,28 +87,28 @@ class Task:
         lists = [d.annotations[self.annotation][0] for d in self.data["train"]]     # of sentences
         return sorted({row[-1] for rows in lists for row in rows})
 
-    def batch_size(self, size):
-        """size sentences, or one whole document."""
-        return 1 if self.whole_documents else size
+    def documents_per_batch(self, batch_size):
+        """batch_size sentences, or one whole document."""
+        return 1 if self.whole_documents else batch_size
 
-    def n_batches(self, size):
+    def n_batches(self, batch_size):
         """Training batches in one pass over the data."""
-        return math.ceil(len(self.data["train"]) / self.batch_size(size))
+        return math.ceil(len(self.data["train"]) / self.documents_per_batch(batch_size))
 
-    def batch(self, n, size, seed):
-        """The documents of training batch number n = 0, 1, 2, ..., which follow from n, size and
-        seed alone: a resumed run needs only the number of batches drawn."""
-        n_before, index = divmod(n, self.n_batches(size))        # passes over the data before it
-        indices = self.batch_order(n_before, size, seed)[index]
+    def batch(self, n, batch_size, seed):
+        """The documents of training batch number n = 0, 1, 2, ..., which follow from the arguments
+        alone: a resumed run needs only the number of batches drawn."""
+        n_before, index = divmod(n, self.n_batches(batch_size))  # passes over the data before it
+        indices = self.batch_order(n_before, batch_size, seed)[index]
         return [self.data["train"][i] for i in indices]
 
-    def batch_order(self, n_before, size, seed):
+    def batch_order(self, n_before, batch_size, seed):
         """The document indices of every batch of one pass over the data."""
-        key = (n_before, size, seed)
+        key = (n_before, batch_size, seed)
         if key not in self.order:
             lengths = [len(d) for d in self.data["train"]]
             rng = np.random.default_rng([seed, *self.name.encode(), n_before])     # name: bytes
-            batches = plan_batches(lengths, self.batch_size(size), rng)
+            batches = plan_batches(lengths, self.documents_per_batch(batch_size), rng)
             self.order = {key: batches}                    # cached until the next pass
         return self.order[key]
 

@@ -91,7 +91,7 @@ def evaluate(model, vocabulary, task, documents, size=32):
     model.eval()
     model.get_metrics(task.name, reset=True)                     # forgets what was scored before
     documents = own_share(sorted(documents, key=len))
-    size = task.batch_size(size)
+    size = task.documents_per_batch(size)
     for i in range(0, len(documents), size):
         batch = make_batch(documents[i:i + size], vocabulary).to(model.device())
         model(task.name, batch)
@@ -444,17 +444,17 @@ def print_start(trainer):
         unit = "documents" if task.whole_documents else "sentences"
         print(f"{task.name:5s} {sizes}  {unit} {n:9d} {share:16.3f}")
     for task in trainer.tasks:
-        rows = [row for d in task.data["train"] for row in d.annotations[task.annotation]]
-        left, total, why = 0, sum(map(len, rows)), "overlap a longer one"
+        lists = [rows for d in task.data["train"] for rows in d.annotations[task.annotation]]
+        left, total, why = 0, sum(map(len, lists)), "overlap a longer one"
         if task.whole_documents:
-            print(f"{task.name}: {total} spans in {len(rows)} clusters")
-            left = sum(end - start >= settings.max_span for row in rows for start, end in row)
+            print(f"{task.name}: {total} spans in {len(lists)} clusters")
+            left = sum(end - start >= settings.max_span for start, end in chain(*lists))
             why = f"have more than --max-span {settings.max_span} words"
         else:
-            labels = Counter(label for row in rows for *_, label in row).most_common(20)
+            labels = Counter(label for *_, label in chain(*lists)).most_common(20)
             print(f"{task.name}:", ", ".join(f"{visible(label)} {n}" for label, n in labels))
         if isinstance(model.heads[task.name], Tagger):
-            left = total - sum(len(outermost(spans)) for spans in rows)
+            left = total - sum(len(outermost(spans)) for spans in lists)
         if left:
             print(f"{task.name}: not learned: {left} of {total} training spans, which {why}")
     parts = model.embedder, model.encoders, model.heads, model
@@ -636,8 +636,12 @@ def predict(folder, paths, form, device, features):
     for path in paths:
         documents = to_predict(path, tagged[0] if tagged else "ner", whole)
         for document, found in zip(documents, annotate(model, documents, vocabulary)):
-            lines = ([to_json(found)] if form == "json" else annotated_lines(found, keys)
-                     if form == "text" else column_lines(document, found, tagged[0]))
+            if form == "json":
+                lines = [to_json(found)]
+            elif form == "columns":
+                lines = column_lines(document, found, tagged[0])
+            else:
+                lines = annotated_lines(found, keys)
             print("\n".join(lines), flush=True)
 
 def to_predict(path, key, whole):
@@ -752,23 +756,23 @@ def parse(arguments):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
 
 def main(arguments=None):
-    given, (folder, resume, paths, scored, features, form) = parse(arguments)
+    given, (folder, resume, paths, annotated, features, form) = parse(arguments)
     check_settings(Settings(**given))
     expect(folder != "", "--run", "a folder", "none")
-    expect(folder or not (resume or paths or scored), "--resume, --predict and --evaluate",
+    expect(folder or not (resume or paths or annotated), "--resume, --predict and --evaluate",
            "--run DIR", "none")
     expect(paths or form == "text", "--json and --columns", "--predict", "none")
-    expect(not (resume and (paths or scored)), "--resume", "no --predict or --evaluate", "both")
+    expect(not (resume and (paths or annotated)), "--resume", "no --predict or --evaluate", "both")
     folder = Path(folder or new_folder(given.get("tasks", Settings.tasks)))
-    if paths or scored:
+    if paths or annotated:
         expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
                "--device, --threads or no setting", " ".join(given))
         torch.set_num_threads(given.get("threads", Settings.threads))
         device = device_of(given.get("device"))
         if paths:
             predict(folder, paths, form, device, features)
-        if scored:
-            print_evaluation(folder, scored, device, features)
+        if annotated:
+            print_evaluation(folder, annotated, device, features)
     elif resume:
         checkpoint = load(folder / "checkpoint.pt")
         run(resumed_settings(given, checkpoint, folder), folder, checkpoint, features)
