@@ -90,14 +90,14 @@ def dropout(x, rate, training, mask=1.0):
         return x * mask
     limit = int(256 * rate)
     kept = random_bytes(x.shape, x.device) >= limit
-    return x * (kept * (mask * (256 / (256 - limit))))
+    scale = 256 / (256 - limit)
+    return x * (kept * (mask * scale))
 
 class LayerMixture(nn.Module):
     """What ELMo does with the layers h_l of a frozen contextual encoder (Peters et al. 2018,
-    section 3): gamma sum_l softmax(w)_l h_l."""
+    section 3): gamma sum_l softmax(w)_l h_l; here projected to a smaller width, if any."""
 
     def __init__(self, n_layers, width, projected):
-        """projected: the width to project the sum to, without a bias; 0: it stays as it is."""
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(n_layers))
         self.gamma = nn.Parameter(torch.ones(()))
@@ -118,20 +118,20 @@ class Embedder(nn.Module):
         super().__init__()
         self.words = WordVectors(vocabulary, settings, vectors)
         self.chars = nn.Embedding(len(vocabulary.chars), settings.char_dim, padding_idx=0)
-        nn.init.zeros_(self.chars.weight[1].data)       # unknown characters: never trained, so 0
+        nn.init.zeros_(self.chars.weight.data[1])       # unknown ones: not in training documents
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         self.rate = settings.dropout
         n_layers, width = vocabulary.contextual.shape
-        self.width = self.word_width = settings.word_dim + settings.char_filters
-        self.mixture = None
-        if n_layers:
-            self.mixture = LayerMixture(n_layers, width, settings.contextual_dim)
+        self.mixture = LayerMixture(n_layers, width, settings.contextual_dim) if n_layers else None
+        self.word_width = settings.word_dim + settings.char_filters
+        self.width = self.word_width
+        if self.mixture:
             self.width += self.mixture.width
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
-        features = dropout(self.word_features(batch), self.rate, self.training)
-        x = F.embedding(batch.tokens, features)                               # (B, T, word_width)
+        of_words = dropout(self.word_features(batch), self.rate, self.training)
+        x = F.embedding(batch.tokens, of_words)                               # (B, T, word_width)
         if self.mixture:
             mixed = dropout(self.mixture(batch.contextual), self.rate, self.training)
             contextual = x.new_zeros(*batch.mask.shape, self.mixture.width)
@@ -157,9 +157,7 @@ class Encoder(nn.Module):
 
     A plain padded BiLSTM is wrong: its backward half starts in the padding. Packed sequences take
     1.7 to 2.5 times as long. Here two LSTMs read forward, one of them every sentence turned around
-    within its own length, so both meet the padding last, where nothing depends on it. A single
-    bidirectional one without biases would keep the state at zero in the padding, but the gradient
-    of its backward half would go on through 100 and more steps of it, and was seen to overflow.
+    within its own length, so both meet the padding last, where nothing depends on it.
     """
 
     def __init__(self, width, shape, rate):
@@ -173,7 +171,7 @@ class Encoder(nn.Module):
 
     def forward(self, x, mask):
         """(B, T, width), (B, T) -> (B, T, D), zero on padding."""
-        turned = turned_around(mask)                                             # (B, T)
+        turned = turned_around(mask)               # (B, T): where each token's mirror image is
         for forwards, backwards in zip(self.forwards, self.backwards):
             ahead, _ = forwards(x)                                               # (B, T, D / 2)
             back, _ = backwards(take_rows(x, turned))
@@ -203,10 +201,9 @@ class Head(nn.Module):
         self.label_ids = {label: i for i, label in enumerate(labels)}
 
     def gold(self, batch):
+        """The gold rows of every document, most of which are single sentences."""
         rows = [document.annotations[self.task.annotation] for document in batch.documents]
-        if self.task.whole_documents:
-            return rows
-        return [sentences[0] for sentences in rows]             # its documents are single sentences
+        return rows if self.task.whole_documents else [sentences[0] for sentences in rows]
 
     def count(self, predictions, batch):
         """{score: the four numbers of `Scores`}. predictions: {task: what its head decodes}."""
@@ -225,6 +222,8 @@ class CRF(nn.Module):
 
     score(e, y) = start(y_1) + sum_t e_t(y_t) + sum_t A(y_t-1, y_t) + end(y_n)
     loss(e, y)  = log Z(e) - score(e, y), where Z sums exp(score) over all tag sequences
+
+    e_t(k), the emission, is how well tag k suits token t; start, A (transitions), end are learned.
     """
 
     def __init__(self, allowed):
@@ -235,7 +234,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)   # for decode alone
+        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode; Z has all
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""
@@ -285,8 +284,8 @@ class Tagger(Head):
         self.tags = ["O"] + [f"{prefix}-{label}" for label in labels for prefix in "BIUL"]
         self.tag_ids = {tag: i for i, tag in enumerate(self.tags)}
         self.emit = nn.Linear(width, len(self.tags))
-        ends = [*self.tags, "O"]                                  # start and end act as O
-        self.crf = CRF(torch.tensor([[may_follow(a, b) for b in ends] for a in ends]))
+        around = [*self.tags, "O"]                                # start and end act as O
+        self.crf = CRF(torch.tensor([[may_follow(a, b) for b in around] for a in around]))
 
     def loss(self, x, embedded, batch):
         tags = torch.zeros(batch.tokens.shape, dtype=torch.long)                 # (B, T)
@@ -304,9 +303,9 @@ class Tagger(Head):
 # ------------------------------------------------------------------------------------ rel: pairs
 
 class RelationHead(Head):
-    """Multi-head selection (Bekoulis et al. 2018). For every pair of tokens i, j and every label
+    """Multi-head selection (Bekoulis et al. 2018). For every pair of tokens i, j and all labels
 
-        P(i, j, label) = sigmoid(V relu(U h_i + W h_j + b) + c),
+        P(i, j) = sigmoid(V relu(U h_i + W h_j + b) + c),
 
     where i and j are the last tokens of the arguments, and U, W, V are first, second, label.
     """
@@ -329,11 +328,11 @@ class RelationHead(Head):
         return [F.linear(F.relu(u[:, None] + w), weight, bias) for u, w in zip(first, second)]
 
     def label_vectors(self):
-        """V, (R, H), and c, (R,); `QuestionHead` reads them from words."""
+        """V, (R, H), and c, (R,): a method, so that another head can make them of words."""
         return self.label.weight, self.label.bias
 
     def loss(self, x, embedded, batch):
-        """Binary cross-entropy, summed over pairs and labels; the mean of the sentences."""
+        """Binary cross-entropy, summed over pairs and labels, averaged over sentences."""
         loss = 0.0
         for logits, relations in zip(self.logits(x, batch), self.gold(batch)):
             related = torch.zeros(logits.shape)                                  # (T, T, R)
@@ -357,8 +356,9 @@ class RelationHead(Head):
 # --------------------------------------------------------------------------- coref: antecedents
 
 class FFNN(nn.Module):
-    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. As W [a; b] is W_a a +
-    W_b b, its `parts` are computed per token or span, and the caller sums them per span or pair."""
+    """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. The first is split into
+    `parts`, W [a; b] = W_a a + W_b b: each is computed once per token or span, and the caller adds
+    them up per span or pair."""
 
     def __init__(self, widths, units):
         super().__init__()
@@ -367,7 +367,7 @@ class FFNN(nn.Module):
                                    nn.ReLU(), nn.Linear(units, 1))
 
     def forward(self, summed):
-        """The sum of the parts' outputs (..., H) -> (...)."""
+        """The sum of the parts' outputs, (..., H) -> (...)."""
         return self.upper(summed)[..., 0]
 
 class CorefHead(Head):
@@ -376,10 +376,13 @@ class CorefHead(Head):
     Every span of up to W words gets a mention score; the best are kept; each kept span picks an
     antecedent among the A kept spans before it, or none.
 
-        g_i       = [x_first; x_last; x^; phi]            x^: attended rows of embedded, phi: width
+        g_i       = [x_first; x_last; x^; phi_w]
         s_m(i)    = FFNN(g_i)
-        s_a(i, j) = FFNN([g_i; g_j; P g_i o P g_j; phi])  phi: distance; P: a projection to H
+        s_a(i, j) = FFNN([g_i; g_j; P g_i o P g_j; phi_d])
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
+
+    x^ is the attention-weighted mean of the span's embedded tokens, phi_w and phi_d are learned
+    vectors of its width and of the distance, P a projection, o the elementwise product.
     """
     scores = COREF_SCORES
     mean = "mean"
@@ -395,7 +398,7 @@ class CorefHead(Head):
         self.distance = nn.Embedding(len(self.BUCKETS) + 1, phi)
         self.mention = FFNN([width, width, embedded_width, phi], units)
         g = 2 * width + embedded_width + phi
-        self.narrow = nn.Linear(g, units)                 # P: a pair costs a quarter of g_i o g_j
+        self.narrow = nn.Linear(g, units)                 # P: a pair's product then costs a quarter
         self.pair = FFNN([g, g, units, phi], units)
 
     def loss(self, x, embedded, batch):
@@ -446,7 +449,8 @@ class CorefHead(Head):
 
         n, w = kept.nonzero().unbind(1)                                          # (S,)
         g = torch.cat([x[n], x[n + w], attended[n, w], self.span_width(w)], 1)
-        return n, n + w, scores[n, w], dropout(g, self.settings.dropout, self.training)
+        g = dropout(g, self.settings.dropout, self.training)
+        return n, n + w, scores[n, w], g
 
     def attended_words(self, x, embedded, ends):
         """x^ of all spans, (N, W, E): their tokens, weighted by a softmax of a learned score."""
@@ -464,7 +468,7 @@ class CorefHead(Head):
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
         columns = [torch.zeros_like(mention_scores)]
-        # Up to d = S, where no pair is left: so every weight has a gradient, 0 with a single span.
+        # d = S has no pair: it gives every weight a gradient, 0, where there is a single span.
         for d in range(1, min(self.settings.antecedents, len(g)) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
@@ -502,6 +506,7 @@ class HMTL(nn.Module):
             self.metrics[name] = Scores(self.heads[name].mean)
         if settings.sharing == "question":
             share_answers(self, vocabulary, settings)
+        # The weights of the encoders that a head reads, if it reads several (--sharing latent).
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads))
                                           for name, reads in self.reads.items() if len(reads) > 1})
 
@@ -521,7 +526,6 @@ class HMTL(nn.Module):
         for name, below in self.below.items():
             if name in needed:
                 x = torch.cat([embedded, *(outputs[t] for t in below)], 2)
-                # The encoder, run on sentences of like lengths together.
                 outputs[name] = run_in_groups(self.encoders[name], x, batch)
         # head_input: outputs[task], or what another way to share makes of all outputs.
         return embedded, {task: head_input(self, task, outputs) for task in tasks}
@@ -540,7 +544,7 @@ class HMTL(nn.Module):
     @torch.no_grad()
     def predict(self, batch, tasks=None):
         """{task: predictions} in one pass; with relations, of the tagger of their arguments too."""
-        tasks = list(self.tasks if tasks is None else tasks)
+        tasks = list(tasks or self.tasks)
         tagger = argument_tagger(self.tasks)
         if "rel" in tasks and tagger and tagger not in tasks:
             tasks.append(tagger)
@@ -676,13 +680,13 @@ class WordVectors(nn.Module):
         self.trained = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
         self.register_buffer("frozen", frozen, persistent=False)
         rare = torch.tensor(vocabulary.counts) <= settings.rare
-        self.register_buffer("unknown", settings.unknown * rare, persistent=False)
+        unknown = F.pad(settings.unknown * rare, (0, len(frozen)))                # 0 for frozen
+        self.register_buffer("unknown", unknown, persistent=False)
 
     def forward(self, ids):
-        n = len(self.unknown)
+        n = self.trained.num_embeddings
         if self.training:
-            chance = self.unknown[ids.clamp(max=n - 1)]
-            ids = torch.where(torch.rand(ids.shape, device=ids.device) < chance, 1, ids)
+            ids = torch.where(torch.rand_like(self.unknown[ids]) < self.unknown[ids], 1, ids)
         vectors = self.trained(ids.clamp(max=n - 1))
         if len(self.frozen):
             vectors = torch.where((ids < n)[:, None], vectors, self.frozen[(ids - n).clamp(min=0)])
@@ -711,7 +715,8 @@ def new_lstm(width, units):
 
 def turned_around(mask):
     """(B, T): for every token, the row in (B * T, ...) of its mirror image in the sentence; for
-    padding, its own."""
+    padding, its own. (A bidirectional LSTM without biases would keep its state at zero in the
+    padding, but the gradient of its backward half was seen to overflow in 100 steps of it.)"""
     step = torch.arange(mask.shape[1], device=mask.device)
     row = torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1]
     return row + torch.where(mask, mask.sum(1, keepdim=True) - 1 - step, step)
@@ -810,15 +815,12 @@ def gold_clusters(batch, clusters, longest):
 
 def clusters_of(spans, back):
     """Clusters of the spans that each pick the one `back` places before, 0 for none."""
-    clusters, cluster_of = [], {}
+    cluster_of = {}
     for i, d in enumerate(back):
         if d > 0:
-            if i - d not in cluster_of:
-                clusters.append([spans[i - d]])
-                cluster_of[i - d] = clusters[-1]
-            cluster_of[i] = cluster_of[i - d]
+            cluster_of[i] = cluster_of.setdefault(i - d, [spans[i - d]])
             cluster_of[i].append(spans[i])
-    return clusters
+    return [*{id(cluster): cluster for cluster in cluster_of.values()}.values()]
 
 def annotate(model, documents, vocabulary):
     """Yields the documents with everything that the model predicts, and nothing that they had but

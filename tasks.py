@@ -11,8 +11,8 @@ Two sentences show all four tasks:
     coref  coreference: clusters of mentions      {Ada Kell, She}  {Nordex, the firm}
 
 A `Document` holds sentences and annotations. A `Task` knows its annotation and draws batches of
-documents. `make_batch` turns these into tensors. The scores equal conlleval's and
-CoNLL's coreference scorer's. A span is (start, end), token offsets, the end inclusive.
+documents. `make_batch` turns these into tensors. The scores equal those of CoNLL's two scripts,
+conlleval and the coreference scorer. A span is (start, end), token offsets, the end inclusive.
 
 Left out for the reader's sake, and found below the banner: coreference scores, BIOUL tags, reading
 and checking files, cutting long documents, the built-in corpus.
@@ -28,7 +28,7 @@ from array import array
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,7 @@ class Document:
 
     annotations: {key: rows}. "ner" and "emd" have a list per sentence of (start, end, label),
     "relations" a list per sentence of (start1, end1, start2, end2, label), "clusters" a list per
-    cluster of (start, end). A missing key means not annotated; empty lists: nothing is there. Raw
-    text has "offsets", a list per sentence of its words' characters (start, end), end exclusive.
+    cluster of (start, end). A missing key means not annotated; empty lists: nothing is there.
     """
     key: str
     sentences: list                      # of lists of words
@@ -57,11 +56,11 @@ class Task:
     """One task: the annotation it learns, the dev score that training watches, its documents.
 
     Most tasks read single sentences, and each sentence becomes a document of its own. A task of
-    `whole_documents` (coreference) reads one document at a time.
+    `whole_documents` (coreference) reads one document at a time, has clusters and no labels.
     """
     name: str
     annotation: str
-    validation_metric_name: str
+    validation_metric_name: str                            # one of its head's scores, see hmtl.py
     validation_metric_decreases: bool = False
     whole_documents: bool = False
     builtin_size: int = 60                                 # training documents, built-in corpus
@@ -84,8 +83,8 @@ class Task:
         """The labels of the training documents, sorted; coreference has none."""
         if self.whole_documents:
             return []
-        lists = [d.annotations[self.annotation][0] for d in self.data["train"]]     # of sentences
-        return sorted({row[-1] for rows in lists for row in rows})
+        sentences = [d.annotations[self.annotation][0] for d in self.data["train"]]  # one each
+        return sorted({row[-1] for rows in sentences for row in rows})
 
     def documents_per_batch(self, batch_size):
         """batch_size sentences, or one whole document."""
@@ -131,7 +130,7 @@ class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
     words: padding and unknown, those of the training documents, those that only the vector file
-    has. counts: how many training documents contain each; inf for the first two, none for the last.
+    has. counts: in how many training documents each is; inf for the first two, none for the last.
     contextual: `ContextualVectors`, what a frozen encoder of the user's makes of whole sentences.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
@@ -158,7 +157,7 @@ class Vocabulary:
                    [math.inf, math.inf, *(counts[word] for word in words)], more_words, contextual)
 
     def spelling(self, word):
-        """The ids of a word's characters, and a 0."""
+        """The ids of a word's characters, then a 0 that separates it from the next."""
         return [*(self.char_ids.get(char, 1) for char in word[:self.LONGEST]), 0]
 
     def state(self):
@@ -169,8 +168,7 @@ class Vocabulary:
 class Batch:
     """Documents as tensors: the sentences of all documents as rows, empty ones left out.
 
-    B sentences, T tokens in the longest, N in all, U distinct words (case counts, padding is one),
-    C characters in all of these.
+    B sentences, T tokens in the longest, N in all, U distinct words (padding is one), C characters.
     """
     documents: list
     lengths: list             # B sentence lengths
@@ -182,11 +180,11 @@ class Batch:
     contextual: torch.Tensor  # (L, N, F) contextual vectors, L layers of width F; empty if none
 
     def to(self, device):
-        tensors = (self.tokens, self.mask, self.words, self.chars, self.n_chars, self.contextual)
-        return Batch(self.documents, self.lengths, *(x.to(device) for x in tensors))
+        moved = {name: x.to(device) for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **moved)
 
 def make_batch(documents, vocabulary, contextual=None):
-    """Documents -> `Batch`, each distinct word once. contextual: if not the vocabulary's."""
+    """Documents -> `Batch`. contextual: used in place of the vocabulary's."""
     sentences = [words for d in documents for words in d.sentences if words]
     lengths = [len(words) for words in sentences]
     distinct = {"": 0}
@@ -352,16 +350,17 @@ def cut_documents(documents, max_tokens):
                 groups.append([])
                 size = len(document.sentences[i])
             groups[-1].append(i)
-        parts += [part_of(document, kept) for kept in groups]
+        starts = [*accumulate(map(len, document.sentences), initial=0)]
+        parts += [part_of(document, kept, starts[kept[0]]) for kept in groups]
         n_cut += len(groups) > 1 and max_tokens > 1
     if n_cut:
         print(f"cut: {n_cut} training documents longer than --max-tokens {max_tokens}")
     return parts
 
-def part_of(document, kept):
-    """A document of the sentences with the indices `kept`. A cluster of which the cut leaves one
-    mention is dropped; one that had a single mention before stays."""
-    start = sum(map(len, document.sentences[:kept[0]]))    # gaps in `kept` are empty sentences
+def part_of(document, kept, start):
+    """A document of the sentences with the indices `kept`, in which only empty ones are missing;
+    the first begins at token `start`. A cluster of which the cut leaves one mention is dropped; one
+    that had a single mention before stays."""
     part = Document(document.key, [document.sentences[i] for i in kept])
     for name, lists in document.annotations.items():
         if name == "clusters":
@@ -467,7 +466,7 @@ def read_columns(path, annotation):
                    "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
             words.append(columns[0])
             tags.append(columns[-1])
-        elif words and not line:
+        elif words:
             spans = {annotation: [spans_of(tags)]}
             documents.append(Document(f"{path}:{n - len(words)}", [words], spans))
             words, tags = [], []
@@ -572,7 +571,7 @@ def by_length(lengths, size):
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 def read_text(path):
-    """One document of raw text, with the character offsets of every word under "offsets"."""
+    """One document of raw text. "offsets" has every word's first character and the one after it."""
     text = "".join(read_lines(path))
     cuts = [0, *sorted({*line_ends(text), *(m.end() for m in SENTENCE_END.finditer(text) if m[1])})]
     spans = [[m.span() for m in WORD.finditer(text, a, b)] for a, b in zip(cuts, cuts[1:])]
@@ -589,10 +588,11 @@ def line_ends(text):
     for paragraph in re.split(r"(?<=\n)(?=[ \t\r]*\n)", text):
         lines = paragraph.splitlines(keepends=True)
         sizes = [len(line.rstrip()) for line in lines]
+        longest = max(sizes, default=0)
         for line, size, after in zip(lines, sizes, [*lines[1:], ""]):
             end += len(line)
             capital = after.lstrip(" \t\"'([“‘")[:1].isupper()
-            full = capital and 50 <= size <= 100 and size + len(after.split()[0]) >= max(sizes)
+            full = capital and 50 <= size <= 100 and size + len(after.split()[0]) >= longest
             if not after or capital and not full:
                 yield end
 

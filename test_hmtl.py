@@ -785,7 +785,9 @@ class ModelTest(unittest.TestCase):
                 seen = model.embedder.train(training)(batch)[0, :, :2]
                 self.assertEqual(seen.tolist(), table[rows].tolist())
         batch = make_batch([Document("d", [["vector"]])], vocabulary)
-        self.assertEqual(model.embedder.eval()(batch)[0, 0, :2].tolist(), [3, 4])
+        for training in (True, False):                  # in training a question may have it
+            seen = model.embedder.train(training)(batch)
+            self.assertEqual(seen[0, 0, :2].tolist(), [3, 4])
         self.assertEqual(table.shape, (4, 2))                     # "vector" is not trained
 
 
@@ -1403,10 +1405,10 @@ class InputTest(unittest.TestCase):
     def test_columns(self):
         path = self.path.with_suffix(".conll")
         path.write_text("-DOCSTART- -X- O O\n\nAda NNP B-PER\nKell NNP I-PER\nleft VBD O\n\n\n"
-                        "New York\tB-LOC\n")
+                        "New York\tB-LOC\n-DOCSTART- O\nBo B-PER\n")
         documents = read_columns(path, "ner")
         self.assertEqual([d.sentences for d in documents],
-                         [[["Ada", "Kell", "left"]], [["New York"]]])
+                         [[["Ada", "Kell", "left"]], [["New York"]], [["Bo"]]])
         self.assertEqual(documents[0].annotations, {"ner": [[(0, 1, "PER")]]})
         for text, pattern in [("Ada B-PER\nKell X-PER", "line 2: expected a tag"),
                               ("Ada", "line 1: expected a word and a tag"),

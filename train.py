@@ -51,7 +51,7 @@ from tasks import (ContextualVectors, Document, InputError, Vocabulary, choose_t
 
 def sampling_probabilities(schedule, n_batches):
     """p_task = batches of the task / batches of all tasks; or the same for all."""
-    shares = np.array(n_batches) if schedule != "uniform" else np.ones(len(n_batches))
+    shares = np.ones(len(n_batches)) if schedule == "uniform" else np.array(n_batches)
     return shares / shares.sum()
 
 def choose_task(sampling_prob, rng):
@@ -80,9 +80,7 @@ def best_epoch(scores):
 
 def epochs_waited(scores):
     """Epochs since the best score. While a task's score is still 0 its patience is not used up."""
-    if not any(scores):
-        return 0
-    return len(scores) - 1 - best_epoch(scores)
+    return len(scores) - 1 - best_epoch(scores) if any(scores) else 0
 
 # ------------------------------------------------------------------------------------ the trainer
 
@@ -90,12 +88,12 @@ def evaluate(model, vocabulary, task, documents, size=32):
     """The scores of one task on documents that carry its annotation."""
     model.eval()
     model.get_metrics(task.name, reset=True)                     # forgets what was scored before
-    documents = own_share(sorted(documents, key=len))
+    documents = own_share(sorted(documents, key=len))            # all, in a single process
     size = task.documents_per_batch(size)
     for i in range(0, len(documents), size):
         batch = make_batch(documents[i:i + size], vocabulary).to(model.device())
         model(task.name, batch)
-    add_up_processes(model.metrics[task.name])
+    add_up_processes(model.metrics[task.name])                   # nothing, in a single process
     return model.get_metrics(task.name)
 
 class MultiTaskTrainer:
@@ -116,9 +114,9 @@ class MultiTaskTrainer:
                                                       patience=settings.lr_patience)
                               for name, optimizer in self.optimizers.items()}
         self.shared = shared_parameters(model)
-        self.anchor = None            # the shared parameters at the end of the task before
+        self.anchor = None            # if "successive": these at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
-        self.history = []             # a dict per epoch, log.jsonl; all progress follows from it
+        self.history = []             # a dict per epoch, log.jsonl: who is best, when to stop
         self.checksums = checksums(tasks)
 
     def train(self, n_epochs):
@@ -128,10 +126,10 @@ class MultiTaskTrainer:
         while len(self.history) < n_epochs and not self.finished():
             self.started = time.time()
             rates = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
-            loss = self.train_epoch(len(self.history))
+            losses = self.train_epoch(len(self.history))
             dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
             self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
-                                 "loss": loss, "dev": dev, "lr": rates})
+                                 "loss": losses, "dev": dev, "lr": rates})
             for task in self.tasks:
                 scores = self.dev_scores(task)
                 if any(scores):                     # while it is still 0 it keeps its rate
@@ -148,13 +146,13 @@ class MultiTaskTrainer:
         plan = plan_epoch(self.settings.schedule, n_batches, rng)
         losses = {}
         self.model.train()
-        for step, index in enumerate(plan):
-            task = self.tasks[index]
-            if self.settings.schedule == "successive" and (step == 0 or index != plan[step - 1]):
+        for step, (before, index) in enumerate(zip([None, *plan], plan), 1):
+            if self.settings.schedule == "successive" and index != before:
                 set_anchor(self)
+            task = self.tasks[index]
             loss = self.train_step(task)
             losses.setdefault(task.name, []).append(loss)
-            show_step(self, step + 1, len(plan), loss)
+            show_step(self, step, len(plan), loss)
         return {name: float(torch.stack(values).mean()) for name, values in losses.items()}
 
     def train_step(self, task):
@@ -169,7 +167,7 @@ class MultiTaskTrainer:
         self.model.zero_grad()               # to None: Adam skips what the task does not use
         loss = self.model(task.name, batch)["loss"] * weight
         loss.backward()
-        loss = add_up(loss, self.model)      # of all processes, if there are several
+        loss = add_up(loss, self.model)      # it, and the gradients, of all processes
         if self.anchor:
             hold_to_anchor(self)
         norm = clip_grad_norm_(self.model.parameters(), self.settings.clip)
