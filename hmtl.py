@@ -432,9 +432,10 @@ class CorefHead(Head):
         x = x[batch.mask]                                                        # (N, D)
         embedded = embedded[batch.mask]                                          # (N, E)
         ends, valid = span_ends(batch, self.settings.max_span)    # (N, W): token n + w
-        attended = self.attended_words(x, embedded, ends)                        # (N, W, E)
-        of_first, of_last, of_words, of_width = self.mention.parts
-        hidden = of_first(x)[:, None] + of_last(x)[ends] + of_words(attended)    # (N, W, H)
+        weights = self.attention_weights(x, ends)                                # (N, W, W)
+        of_first, of_last, of_attended, of_width = self.mention.parts
+        hidden = of_first(x)[:, None] + of_last(x)[ends]                         # (N, W, H)
+        hidden = hidden + weights @ of_attended(embedded)[ends]
         scores = self.mention(hidden + of_width(self.span_width.weight))         # (N, W)
         scores = scores.masked_fill(~valid, float("-inf"))
 
@@ -448,17 +449,18 @@ class CorefHead(Head):
             kept |= valid & (gold > 0)
 
         n, w = kept.nonzero().unbind(1)                                          # (S,)
-        g = torch.cat([x[n], x[n + w], attended[n, w], self.span_width(w)], 1)
+        attended = weights[n, w][:, None] @ embedded[ends[n]]                    # (S, 1, E)
+        g = torch.cat([x[n], x[n + w], attended[:, 0], self.span_width(w)], 1)
         g = dropout(g, self.settings.dropout, self.training)
         return n, n + w, scores[n, w], g
 
-    def attended_words(self, x, embedded, ends):
-        """x^ of all spans, (N, W, E): their tokens, weighted by a softmax of a learned score."""
+    def attention_weights(self, x, ends):
+        """Of the tokens of all spans in x^, (N, W, W): the softmax of a learned score."""
         scores = self.attention(x)[ends, 0]                                      # (N, W)
         step = torch.arange(ends.shape[1], device=x.device)
         outside = step > step[:, None]                                           # (W, W)
         scores = scores[:, None].masked_fill(outside, float("-inf"))             # (N, W, W)
-        return scores.softmax(2) @ embedded[ends]
+        return scores.softmax(2)
 
     def antecedent_scores(self, mention_scores, g):
         """s, (S, at most A + 1): column d holds the span d places back, column 0 none. All pairs
@@ -500,13 +502,12 @@ class HMTL(nn.Module):
         self.heads = nn.ModuleDict()
         self.metrics = {}
         for name, reads in self.reads.items():
-            width = max(self.encoders[t].width for t in reads)    # several only if latent
+            width = max(self.encoders[t].width for t in reads)    # several if latent: see mixtures
             self.heads[name] = heads[name](self.tasks[name], labels[name], width,
                                            self.embedder.width, settings)
             self.metrics[name] = Scores(self.heads[name].mean)
         if settings.sharing == "question":
             share_answers(self, vocabulary, settings)
-        # The weights of the encoders that a head reads, if it reads several (--sharing latent).
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads))
                                           for name, reads in self.reads.items() if len(reads) > 1})
 

@@ -118,8 +118,7 @@ def plan_batches(lengths, size, rng):
     batches = np.split(np.argsort(noisy), range(size, len(lengths), size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
-# The simplest first.
-TASKS = [Task("ner", "ner", "f1", builtin_size=300),
+TASKS = [Task("ner", "ner", "f1", builtin_size=300),                   # the simplest first
          Task("emd", "emd", "f1", builtin_size=200),
          Task("rel", "relations", "last-token", builtin_size=60),
          Task("coref", "clusters", "mean", whole_documents=True, builtin_size=120)]
