@@ -234,7 +234,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode; Z has all
+        self.register_buffer("forbidden", forbidden, persistent=False)   # Z sums them all
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""
@@ -687,7 +687,8 @@ class WordVectors(nn.Module):
     def forward(self, ids):
         n = self.trained.num_embeddings
         if self.training:
-            ids = torch.where(torch.rand_like(self.unknown[ids]) < self.unknown[ids], 1, ids)
+            probability = self.unknown[ids]
+            ids = torch.where(torch.rand_like(probability) < probability, 1, ids)
         vectors = self.trained(ids.clamp(max=n - 1))
         if len(self.frozen):
             vectors = torch.where((ids < n)[:, None], vectors, self.frozen[(ids - n).clamp(min=0)])

@@ -76,8 +76,8 @@ class Task:
             self.data[split] = self.parts(documents, longest)
 
     def parts(self, documents, max_tokens=sys.maxsize):
-        """What the task reads at a time: sentences, or documents of up to max_tokens."""
-        return cut_documents(documents, max_tokens if self.whole_documents else 1)  # 1: a sentence
+        """What the task reads at a time: a sentence (1 token at least), or up to max_tokens."""
+        return cut_documents(documents, max_tokens if self.whole_documents else 1)
 
     def labels(self):
         """The labels of the training documents, sorted; coreference has none."""
@@ -158,10 +158,6 @@ class Vocabulary:
     def spelling(self, word):
         """The ids of a word's characters, then a 0 that separates it from the next."""
         return [*(self.char_ids.get(char, 1) for char in word[:self.LONGEST]), 0]
-
-    def state(self):
-        return {"words": self.words[:len(self.counts)], "chars": self.chars,
-                "counts": self.counts, "contextual": [*self.contextual.shape]}
 
 @dataclass
 class Batch:
@@ -260,6 +256,8 @@ def one_line(message):
         raise
     except Exception as error:
         found = getattr(error, "strerror", None) or repr(error)
+        name = str(getattr(error, "filename", None) or "")        # that a user's function misses
+        found = found if name in message else f"{found}: {name}"
         raise InputError(f"{message}: {found[:200]}") from None
 
 def confusions(predicted, gold):
@@ -378,13 +376,15 @@ def read_split(folder, split, task):
     documents = read_documents(file_of(folder, split), task)
     wanted = f"{split} documents with the key '{task.annotation}' for the task {task.name}"
     expect(documents, folder, wanted, "none")
+    rows = chain.from_iterable(d.annotations[task.annotation] for d in documents)
+    expect(split != "train" or any(rows), folder, wanted, "only empty ones")
     return documents
 
 def file_of(folder, split):
-    names = [split + suffix for suffix in (".json", ".jsonl", ".conll", ".txt", ".bio")]
+    names = [split + suffix for suffix in (*JSON_SUFFIXES, ".conll", ".txt", ".bio")]
     found = [name for name in names if Path(folder, name).is_file()]
     expect(len(found) == 1, folder, "one file " + " or ".join(names),
-           " and ".join(found) or ("none" if Path(folder).is_dir() else "no such folder"))
+           " and ".join(found) or ("none" if Path(folder).is_dir() else "no folder"))
     return Path(folder, found[0])
 
 def read_documents(path, task):
@@ -394,11 +394,11 @@ def read_documents(path, task):
 
 def read_annotated(path, annotation):
     """All documents of a file of JSON lines, or else of columns with tags of that annotation."""
-    is_json = suffix_of(path) in (".json", ".jsonl")
+    is_json = suffix_of(path) in JSON_SUFFIXES
     return read_json(path) if is_json else read_columns(path, annotation)
 
 def suffix_of(path):
-    return Path(str(path).removesuffix(".gz")).suffix
+    return Path(str(path).lower().removesuffix(".gz")).suffix
 
 def read_lines(path):
     """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""
@@ -446,7 +446,7 @@ def parse_document(line, where, key):
             expect(shape == types and all(low <= a <= b < high for a, b in zip(x[::2], x[1::2])),
                    here, f"[{types}] with {low} <= start <= end < {high}", x)
             expect(str(x[-1]).strip(), here, "a label with characters", x)
-        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # in the document
+        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # document's too
     clusters = found.get("clusters", [])
     expect(all(clusters), f"{where}, clusters", "clusters with spans, none empty", clusters)
     for span, n in Counter(chain(*clusters)).items():
@@ -457,10 +457,10 @@ def read_columns(path, annotation):
     """Documents of one sentence from columns: word first, tag last, a blank line after each."""
     documents, words, tags = [], [], []
     for n, line in enumerate([*read_lines(path), ""], 1):
-        line, where = line.strip(), f"{path}, line {n}"
+        line, where = line.strip(" \t\r\n"), f"{path}, line {n}"
         if line and not line.startswith("-DOCSTART-"):
-            columns = line.split("\t" if "\t" in line else None)
-            expect(len(columns) > 1, where, "a word and a tag", line)
+            columns = re.split("\t+" if "\t" in line else " +", line)     # only at these
+            expect(len(columns) > 1 and columns[0].strip(), where, "a word and a tag", line)
             expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", columns[-1]), where,
                    "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
             words.append(columns[0])
@@ -672,6 +672,7 @@ def add_sentence(document, template, relations, cast, previous, rng):
     document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
     return named
 
+JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines")
 COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
 ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else spans, labels
 # Raw text. After an abbreviation, an initial or "...", a sentence ends only before a STARTER.

@@ -17,6 +17,7 @@ import random
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import unittest
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -1405,14 +1407,15 @@ class InputTest(unittest.TestCase):
     def test_columns(self):
         path = self.path.with_suffix(".conll")
         path.write_text("-DOCSTART- -X- O O\n\nAda NNP B-PER\nKell NNP I-PER\nleft VBD O\n\n\n"
-                        "New York\tB-LOC\n-DOCSTART- O\nBo B-PER\n")
+                        "New York\tB-LOC\n-DOCSTART- O\n10\xa0000 B-PER\n")
         documents = read_columns(path, "ner")
         self.assertEqual([d.sentences for d in documents],
-                         [[["Ada", "Kell", "left"]], [["New York"]], [["Bo"]]])
+                         [[["Ada", "Kell", "left"]], [["New York"]], [["10\xa0000"]]])
         self.assertEqual(documents[0].annotations, {"ner": [[(0, 1, "PER")]]})
         for text, pattern in [("Ada B-PER\nKell X-PER", "line 2: expected a tag"),
                               ("Ada", "line 1: expected a word and a tag"),
                               ("Ada B-", "expected a tag"), ("\tB-PER", "a word"),
+                              ("\xa0 B-PER", "a word"),
                               ("Ada b-PER", "expected a tag")]:
             path.write_text(text)
             self.refused(pattern, read_columns, path, "ner")
@@ -1494,6 +1497,9 @@ class InputTest(unittest.TestCase):
         self.refused("dev documents with the key 'relations'", task.load_data, self.folder.name)
         self.path.write_text("")
         self.refused("train documents", task.load_data, self.folder.name)
+        empty = self.GOOD | {"relations": [[] for _ in self.GOOD["sentences"]]}
+        self.path.write_text(json.dumps(empty))
+        self.refused("train documents.* found only empty", task.load_data, self.folder.name)
         tasks = choose_tasks(["ner", "rel"])
         for data in [("x", "rel=y"), ("rel=y", "x")]:
             self.assertEqual(train.data_folders(data, tasks), {"ner": "x", "rel": "y"})
@@ -1547,10 +1553,11 @@ class InputTest(unittest.TestCase):
         tasks, vocabulary, model = train.build(settings)
         self.assertEqual(vocabulary.words, ["", "<unknown>", "a", "train"])
         self.assertEqual(model.heads["ner"].labels, ["A", "Ltrain"])
-        same = {"labels": {"ner": ["A", "Ltrain"]}, "vocabulary": vocabulary.state(),
-                "settings": asdict(settings), "model": model.state_dict()}
+        same = {"labels": {"ner": ["A", "Ltrain"]}, "settings": asdict(settings),
+                "vocabulary": train.vocabulary_state(vocabulary), "model": model.state_dict()}
         _, again, rebuilt = train.build(settings, same, self.path.parent)
-        self.assertEqual([again.state(), again.words], [vocabulary.state(), vocabulary.words])
+        self.assertEqual(train.vocabulary_state(again), same["vocabulary"])
+        self.assertEqual(again.words, vocabulary.words)
         self.assertTrue(all(map(torch.equal, rebuilt.state_dict().values(),
                                 model.state_dict().values())))
         for other in ({"labels": {"ner": ["X"]}}, {"vocabulary": {
@@ -1696,7 +1703,8 @@ class FolderTest(unittest.TestCase):
     def call(self, line, text=None):
         """(exit status, standard output, standard error) of `python train.py LINE`."""
         done = subprocess.run([sys.executable, str(HERE / "train.py"), *shlex.split(line)],
-                              input=text, capture_output=True, text=True)
+                              input=text, capture_output=True, encoding="utf-8",
+                              env=os.environ | {"PYTHONIOENCODING": "latin-1"})    # of no effect
         self.assertNotIn("Traceback", done.stderr)
         return done.returncode, done.stdout, done.stderr
 
@@ -1746,7 +1754,7 @@ class RunTest(FolderTest):
         tasks, vocabulary, model = tiny_model(names, settings)
         Path(folder).mkdir()
         train.write(Path(folder, "best.pt"), {
-            "settings": asdict(settings), "vocabulary": vocabulary.state(),
+            "settings": asdict(settings), "vocabulary": train.vocabulary_state(vocabulary),
             "labels": {task.name: task.labels() for task in tasks}, "model": model.state_dict()})
 
     def test_killed_between_log_and_checkpoint(self):
@@ -1815,8 +1823,8 @@ class RunTest(FolderTest):
         self.refused("--run two --predict x.txt --columns", "one tagger")
         self.untrained("emd", "emd")                              # columns are its tags too
         self.untrained("question", "rel", "ner", sharing="question")
-        Path("x.bio").write_bytes(Path("x.conll").read_bytes())
-        self.assertEqual(self.output("--run r --predict x.bio --columns"), columns)
+        Path("x.BIO").write_bytes(Path("x.conll").read_bytes())
+        self.assertEqual(self.output("--run r --predict x.BIO --columns"), columns)
         Path("x.bio.gz").write_bytes(gzip.compress(Path("x.conll").read_bytes()))
         self.assertEqual(self.output("--run r --predict x.bio.gz --columns"), columns)
         Path("none.jsonl").write_text("")
@@ -1888,7 +1896,7 @@ class RunTest(FolderTest):
             data.write_text(before)
         Path("r/lock").unlink()
         Path("r/lock").mkdir()
-        self.refused(line, "lock: expected a file")
+        self.refused(line, "expected no other process.*unable to open")
         Path("r/lock").rmdir()
         self.refused('--run "" --resume', "--run: expected a folder")
         self.refused('--run "" --data news', "--run: expected a folder")
@@ -2074,7 +2082,8 @@ def features(sentences):
                 ("return inner(sentences)[1:]", "expected 32 arrays, found 31"),
                 ("return ['no array' for _ in sentences]", "expected a list of arrays"),
                 ("return None", "expected a list of arrays: TypeError"),
-                ("raise KeyError('a word')", r"features\(\).*: KeyError\('a word'\)")]:
+                ("raise KeyError('a word')", r"features\(\).*: KeyError\('a word'\)"),
+                ("return open('nowhere')", r"features\(\).*: No such file.*: nowhere$")]:
             Path("g.py").write_text(inner + change + "\n")
             self.refused("--run r --resume --epochs 2 --features g.py", pattern)
         for text, pattern in [("features = 3", r"a function features\(sentences\)"),
@@ -2114,15 +2123,20 @@ class CommandLineTest(FolderTest):
         self.assertEqual(set(results["tasks"]), set(ALL))
         self.assertIn("mean", results["tasks"]["coref"]["one_model"]["test"])
         self.assertEqual(len((run / "log.jsonl").read_text().splitlines()), 1)
-        self.output(f"--run {run} --resume --epochs 2")
+        Path("news").rename("moved")
+        self.output(f"--run {run} --resume --epochs 2 --data moved")
         self.assertEqual(len((run / "log.jsonl").read_text().splitlines()), 2)
         self.refused(f"--run {run} --resume --dropout 0.1", "expected 0.4.* found 0.1")
         self.refused(f"--run {run} --resume --epochs 1", "--epochs: expected at least 2")
         self.refused(f"--run {run}", "--resume")
-        held = train.lock(run)
-        self.refused(f"--run {run} --resume", "lock: expected a file that no other process has")
-        held.close()
-        text = "Ada Kell works for Nordex. She likes the company."
+        with sqlite3.connect(run / "lock", isolation_level=None) as other:    # another process
+            other.execute("BEGIN EXCLUSIVE")
+            with mock.patch("train.load", side_effect=AssertionError):        # not even read
+                self.refused(f"--run {run} --resume", "expected no other process")
+            with self.assertRaisesRegex(InputError, "expected no other process"):
+                tiny_trainer(folder=run).train(1)
+        other.close()
+        text = "Ada Kell works for Nordex. She likes the café “Łódź”."
         status, out, err = self.call(f"--run {run} --predict -", text)
         self.assertEqual(status, 0, err)
         words = re.sub(r"\[| [A-Z#0-9 ]*\]", "", out)
@@ -2191,6 +2205,8 @@ class CommandLineTest(FolderTest):
                            ("--run r --predict x --json --columns", "not allowed with"),
                            ("--run r --predict x --threads 0", "--threads: expected a number"),
                            ("--threads -1", "--threads: expected a number"),
+                           ("--threads 10000", "--threads: expected a number"),
+                           ("--encoder 1x100000", "LAYERSxUNITS"),
                            ("--run r --resume --predict x", "--resume: expected no --predict"),
                            ("--data two broken.pt", "--data: expected one folder for all tasks"),
                            ("--epochs x", "epochs"), ("--run nothing --resume", "nothing"),
@@ -2200,7 +2216,15 @@ class CommandLineTest(FolderTest):
                            ("--vectors strange.txt --tasks ner", "words of the training documents"),
                            ("--vectors short.txt --tasks ner", "short.txt, line 2")]:
             self.refused(line, re.escape(part))
+        with mock.patch.dict(os.environ, RANK="0"):
+            self.refused("--run r --predict x", "expected one process, found torchrun")
         self.assertFalse(Path("runs").exists())
+        for message in ("[enforce fail] can't allocate memory: 9 bytes", "CUDA out of memory."):
+            with mock.patch("train.main", side_effect=RuntimeError(message)):
+                with contextlib.redirect_stderr(io.StringIO()) as err, mock.patch("sys.stdout"):
+                    with self.assertRaisesRegex(SystemExit, "2"):
+                        train.command_line()
+            self.assertIn(message, err.getvalue())
         status, out, err = self.call("--data nowhere")
         self.assertEqual((status, out, err.count("\n")), (2, "", 1))
 

@@ -14,8 +14,7 @@ Every epoch seeds itself from (seed, epoch), the order of a task's batches from 
 over its data). So no generator state is saved, and a resumed run equals an uninterrupted one bit
 for bit (on a CPU).
 
-Left out for the reader's sake, and found below the banner: several processes, files, the screen,
-prediction, the command line.
+Left out for the reader's sake, below the banner: processes, files, the screen, the command line.
 """
 
 import argparse
@@ -24,11 +23,13 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sqlite3
 import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import chain, count
 from pathlib import Path
@@ -36,9 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import nn, optim
 
 from hmtl import (HIERARCHY, HMTL, QuestionHead, Settings, SpanQuestions, Tagger, annotate,
                   argument_tagger)
@@ -107,12 +106,13 @@ class MultiTaskTrainer:
         self.folder = Path(folder)
         # One Adam per task, each over the whole model: it divides by the size of that task's own
         # gradients, so no task needs a weight for its loss.
-        self.optimizers = {task.name: torch.optim.Adam(model.parameters(), settings.lr, fused=True)
+        self.optimizers = {task.name: optim.Adam(model.parameters(), settings.lr, fused=True)
                            for task in tasks}
         # The plateau rule: halve a task's rate after more than lr_patience epochs without a best.
-        self.lr_schedulers = {name: ReduceLROnPlateau(optimizer, "max", factor=0.5, threshold=0,
-                                                      patience=settings.lr_patience)
-                              for name, optimizer in self.optimizers.items()}
+        self.lr_schedulers = {
+            name: optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, threshold=0,
+                                                       patience=settings.lr_patience)
+            for name, optimizer in self.optimizers.items()}
         self.shared = shared_parameters(model)
         self.anchor = None            # if "successive": these at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
@@ -122,26 +122,19 @@ class MultiTaskTrainer:
     def train(self, n_epochs):
         """Trains until epoch n_epochs, or until every task has run out of patience."""
         self.n_epochs = n_epochs
-        start_run(self)
-        while len(self.history) < n_epochs and not self.finished():
-            self.started = time.time()
-            rates = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
-            losses = self.train_epoch(len(self.history))
-            dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
-            self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
-                                 "loss": losses, "dev": dev, "lr": rates})
-            for task in self.tasks:
-                scores = self.dev_scores(task)
-                if any(scores):                     # while it is still 0 it keeps its rate
-                    self.lr_schedulers[task.name].step(scores[-1])
-            save_run(self)
-            print_epoch(self)
+        with locked(self.folder):
+            start_run(self)
+            while len(self.history) < n_epochs and not self.finished():
+                self.started = time.time()
+                losses = self.train_epoch(len(self.history))
+                self.score_epoch(losses)
+                save_run(self)
+                print_epoch(self)
 
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
         rng = np.random.default_rng([self.settings.seed, epoch])
-        rank, _ = processes()                                    # dropout differs between them
-        torch.manual_seed(int(rng.integers(2 ** 63)) + rank)
+        torch.manual_seed(int(rng.integers(2 ** 63)) + processes()[0])     # other dropout in each
         n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
         plan = plan_epoch(self.settings.schedule, n_batches, rng)
         losses = {}
@@ -170,12 +163,23 @@ class MultiTaskTrainer:
         loss = add_up(loss, self.model)      # it, and the gradients, of all processes
         if self.anchor:
             hold_to_anchor(self)
-        norm = clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         refuse_non_finite(self, task, loss, norm)
 
         # One step of the task's own optimizer.
         self.optimizers[task.name].step()
         return loss
+
+    def score_epoch(self, losses):
+        """Scores every task on dev; the plateau rule may then halve its learning rate."""
+        rates = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
+        dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
+        self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
+                             "loss": losses, "dev": dev, "lr": rates})
+        for task in self.tasks:
+            scores = self.dev_scores(task)
+            if any(scores):                         # while it is still 0 it keeps its rate
+                self.lr_schedulers[task.name].step(scores[-1])
 
     def evaluate(self, task, split):
         """The scores of one task on its dev or test documents."""
@@ -250,9 +254,9 @@ def add_up(loss, model):
     1.6 times the sentences a second of one process with batches of 16, instead of 1.5 times."""
     values = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     if dist.is_initialized():
-        added = parameters_to_vector(values)
+        added = nn.utils.parameters_to_vector(values)
         dist.all_reduce(added)
-        vector_to_parameters(added, values)
+        nn.utils.vector_to_parameters(added, values)
     return values[0]
 
 def gathered(value):
@@ -287,8 +291,14 @@ def start_run(trainer):
             write(trainer.folder / "vectors.pt", {"words": words, "vectors": vectors})
         save_run(trainer)
 
+def vocabulary_state(vocabulary):
+    """Without the words that only the vector file has: vectors.pt holds them."""
+    return {"words": vocabulary.words[:len(vocabulary.counts)], "chars": vocabulary.chars,
+            "counts": vocabulary.counts, "contextual": [*vocabulary.contextual.shape]}
+
 def save_run(trainer):
-    trained = {"settings": asdict(trainer.settings), "vocabulary": trainer.vocabulary.state(),
+    vocabulary = vocabulary_state(trainer.vocabulary)
+    trained = {"settings": asdict(trainer.settings), "vocabulary": vocabulary,
                "labels": {task.name: task.labels() for task in trainer.tasks},
                "model": trainer.model.state_dict()}
     scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
@@ -393,13 +403,25 @@ def new_folder(tasks):
     names = chain([name], (Path(f"{name}-{n}") for n in count(2)))
     return next(name for name in names if not name.exists())
 
-def lock(folder):
-    """Refuses a second process in a folder while the connection is open; an exit closes it."""
+LOCKED = set()                                           # the folders that this process has locked
+
+@contextmanager
+def locked(folder):
+    """Refuses all other processes in a folder. SQLite can lock on every system; an exit, even a
+    kill, ends it. Of several processes of torchrun the first holds the lock."""
+    if folder in LOCKED or os.environ.get("RANK", "0") != "0":
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with one_line(f"{folder / 'lock'}: expected a file that no other process has locked"):
+    with one_line(f"{folder}: expected no other process that trains in it"):
         connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
-        connection.execute("BEGIN EXCLUSIVE")            # SQLite can lock on every system
-    return connection
+        connection.execute("BEGIN EXCLUSIVE")
+    LOCKED.add(folder)
+    try:
+        yield
+    finally:
+        LOCKED.remove(folder)
+        connection.close()
 
 # The screen.
 def visible(text):
@@ -644,7 +666,7 @@ def predict(folder, paths, form, device, features):
 
 def to_predict(path, key, whole):
     """The documents of a file by its ending, or of raw text: of its sentences, if not whole."""
-    raw = suffix_of(path) not in (".json", ".jsonl", ".conll", ".bio")
+    raw = suffix_of(path) not in (".json", ".jsonl", ".jsonlines", ".conll", ".bio")
     documents = [read_text(path)] if raw else read_annotated(path, key)
     expect(documents, path, "documents", "none")
     for i, document in enumerate(documents):
@@ -695,8 +717,8 @@ FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
 CHOICES = {"tasks": HIERARCHY, "schedule": ["proportional", "uniform", "successive"],
            "sharing": ["hierarchical", "flat", "inverted", "latent", "question"]}
 LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "rare": (0, 1e9),
-          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9),
-          "contextual_dim": (0, 1e9)}                                  # all others: above 0
+          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9), "threads": (1, 1024),
+          "contextual_dim": (0, 1e5), "max_span": (1, 1000)}           # all others: above 0
 
 def check_settings(settings):
     """Refuses values that no model can be built from."""
@@ -709,7 +731,7 @@ def check_settings(settings):
             good = chosen and chosen <= {*choices}
             expect(good, flag, f"one of {', '.join(choices)}", shown(value))
         elif f.name.endswith("encoder"):
-            good = value == f.default or re.fullmatch(r"[1-9]\d*x[1-9]\d*", value)
+            good = value == f.default or re.fullmatch(r"[1-9]\d?x[1-9]\d{,4}", value)
             expect(good, flag, "LAYERSxUNITS, as in 2x64", shown(value))
         elif f.type in (int, float):
             low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
@@ -729,7 +751,7 @@ def parse(arguments):
     add = parser.add_argument
     add("--run", metavar="DIR", help="folder of the run")
     add("--resume", action="store_true",
-        help="go on with the run in --run; --epochs, --patience and --device may change")
+        help="go on with --run; --epochs, --patience, --device, the place of --data may change")
     add("--predict", metavar="FILE", nargs="+",
         help="annotate raw text (-: standard input), .json, .jsonl, .conll or .bio")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -765,6 +787,7 @@ def main(arguments=None):
     if paths or annotated:
         expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
                "--device, --threads or no setting", " ".join(given))
+        expect("RANK" not in os.environ, "--predict and --evaluate", "one process", "torchrun")
         torch.set_num_threads(given.get("threads", Settings.threads))
         device = device_of(given.get("device"))
         if paths:
@@ -772,8 +795,10 @@ def main(arguments=None):
         if annotated:
             print_evaluation(folder, annotated, device, features)
     elif resume:
-        checkpoint = load(folder / "checkpoint.pt")
-        run(resumed_settings(given, checkpoint, folder), folder, checkpoint, features)
+        expect((folder / "checkpoint.pt").exists(), folder, "a run", "no checkpoint.pt")
+        with locked(folder):                                   # before its state is read
+            checkpoint = load(folder / "checkpoint.pt")
+            run(resumed_settings(given, checkpoint, folder), folder, checkpoint, features)
     else:
         expect(not (folder / "checkpoint.pt").exists(), folder, "no run, or --resume", "a run")
         run(Settings(**given), folder, features=features)
@@ -783,7 +808,8 @@ def resumed_settings(given, checkpoint, folder):
     with one_line(f"{folder}: expected a checkpoint of train.py"):
         stored = asdict(Settings(**checkpoint["settings"]))
     for name, value in given.items():
-        expect(value == stored[name] or name in ("epochs", "patience", "device"), FLAGS[name],
+        expect(value == stored[name] or name in ("epochs", "patience", "device", "data"),
+               FLAGS[name],
                f"{shown(stored[name])}, as in the run", shown(value))
     return Settings(**stored | given)
 
@@ -800,39 +826,38 @@ def run(settings, folder, checkpoint=None, features=""):
         sys.stdout = open(os.devnull, "w")
     tasks, vocabulary, model = build(settings, checkpoint, folder, features)
     trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
-    held = lock(folder) if processes()[0] == 0 else None
     if checkpoint:
         with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
     print_start(trainer)
     try:
-        trainer.train(settings.epochs)
-        print_results(trainer, write_results(trainer))
-        print_examples(trainer)
+        with locked(folder):
+            trainer.train(settings.epochs)
+            print_results(trainer, write_results(trainer))
+            print_examples(trainer)
     except KeyboardInterrupt:
-        again = f"python {sys.argv[0]} --run {folder} --resume"
-        again += f" --features {features}" if features else ""
-        raise Stopped(f"stopped; go on with: {again}") from None
+        again = [*sys.argv[:1], "--run", str(folder), "--resume"]
+        again += ["--features", features] if features else []
+        raise Stopped(f"stopped; go on with: python {shlex.join(again)}") from None
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
         raise Stopped(f"another process ended ({str(error)[:100]}); go on with --resume") from None
-    finally:
-        if held:
-            held.close()
     if dist.is_initialized():
         dist.barrier()               # a process that leaves before the others may abort, in gloo
         dist.destroy_process_group()
 
 def command_line():
     """`main`, with one line for what a user can mend."""
-    sys.stdout.reconfigure(errors="replace")                   # screens that lack a character
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # as all files are
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:                                    # such as `| head`: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, Stopped, KeyboardInterrupt, OSError) as error:
+    except (InputError, Stopped, KeyboardInterrupt, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):
+            raise
         show_progress("")
         if os.environ.get("RANK", "0") == "0":                 # under torchrun, one line of all
             name = Path(sys.argv[0]).name
