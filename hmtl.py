@@ -14,7 +14,7 @@ other ways to share, the table of word vectors, initial weights, candidate spans
 Shape letters: B sentences, T tokens of the longest, N tokens of all, U distinct words, C their
 characters, L layers and F width of contextual vectors, E width of the embedder, D width of an
 encoder, H hidden units of a head, K tags, R relation labels, W longest span, S kept spans, G width
-of a span's representation, A antecedents. (In formulas U, V, W, A, P are also matrices.)
+of a span's representation, A antecedents. (In formulas U, V, W, A, P, Q are matrices.)
 """
 
 import re
@@ -50,7 +50,7 @@ class Settings:
     rare: int = 1                      # a word in at most this many training documents is rare
     unknown: float = 0.5               # probability that a rare word is made unknown in training
     relation_units: int = 128          # hidden units of the relation head
-    coref_units: int = 150             # hidden units of the mention and antecedent scorers
+    coref_units: int = 150             # hidden units of coreference's scorers, width of its P
     max_span: int = 8                  # tokens in a coreference span
     spans_per_token: float = 0.4       # kept coreference spans per token
     antecedents: int = 70              # nearest kept spans that are scored
@@ -95,7 +95,7 @@ def dropout(x, rate, training, mask=1.0):
 
 class LayerMixture(nn.Module):
     """What ELMo does with the layers h_l of a frozen contextual encoder (Peters et al. 2018,
-    section 3): gamma sum_l softmax(w)_l h_l; here projected to a smaller width, if any."""
+    section 3): gamma sum_l softmax(w)_l h_l; here projected to another width, or not (0)."""
 
     def __init__(self, n_layers, width, projected):
         super().__init__()
@@ -124,14 +124,12 @@ class Embedder(nn.Module):
         n_layers, width = vocabulary.contextual.shape
         self.mixture = LayerMixture(n_layers, width, settings.contextual_dim) if n_layers else None
         self.word_width = settings.word_dim + settings.char_filters
-        self.width = self.word_width
-        if self.mixture:
-            self.width += self.mixture.width
+        self.width = self.word_width + (self.mixture.width if self.mixture else 0)
 
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
         of_words = dropout(self.word_features(batch), self.rate, self.training)
-        x = F.embedding(batch.tokens, of_words)                               # (B, T, word_width)
+        x = F.embedding(batch.tokens, of_words)       # every token its word's, (B, T, word_width)
         if self.mixture:
             mixed = dropout(self.mixture(batch.contextual), self.rate, self.training)
             contextual = x.new_zeros(*batch.mask.shape, self.mixture.width)
@@ -171,7 +169,7 @@ class Encoder(nn.Module):
 
     def forward(self, x, mask):
         """(B, T, width), (B, T) -> (B, T, D), zero on padding."""
-        turned = turned_around(mask)               # (B, T): where each token's mirror image is
+        turned = turned_around(mask)               # (B, T): its mirror image's row in (B * T, ...)
         for forwards, backwards in zip(self.forwards, self.backwards):
             ahead, _ = forwards(x)                                               # (B, T, D / 2)
             back, _ = backwards(take_rows(x, turned))
@@ -191,8 +189,8 @@ class Head(nn.Module):
     x (B, T, D) is the output of the task's encoder; embedded (B, T, E) is that of the embedder,
     which only coreference reads.
     """
-    scores = {"f1": count_rows}                # name -> function of (predicted, gold rows)
-    mean = None                                # name of their mean, if that is a score too
+    scores = {"f1": count_rows}       # for `count`: name -> function of (predicted, gold rows)
+    mean = None                       # name of their mean, if that is a score too
 
     def __init__(self, task, labels):
         super().__init__()
@@ -201,7 +199,7 @@ class Head(nn.Module):
         self.label_ids = {label: i for i, label in enumerate(labels)}
 
     def gold(self, batch):
-        """The gold rows of every document, most of which are single sentences."""
+        """Of every document the gold clusters, or the gold rows of its one sentence."""
         rows = [document.annotations[self.task.annotation] for document in batch.documents]
         return rows if self.task.whole_documents else [sentences[0] for sentences in rows]
 
@@ -234,7 +232,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)   # Z sums them all
+        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode, not in Z
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""
@@ -290,8 +288,7 @@ class Tagger(Head):
     def loss(self, x, embedded, batch):
         tags = torch.zeros(batch.tokens.shape, dtype=torch.long)                 # (B, T)
         for row, spans, length in zip(tags, self.gold(batch), batch.lengths):
-            ids = [self.tag_ids[tag] for tag in tags_of(spans, length)]
-            row[:length] = torch.tensor(ids)
+            row[:length] = torch.tensor([self.tag_ids[tag] for tag in tags_of(spans, length)])
         return self.crf.loss(self.emit(x), tags.to(x.device), batch.mask).mean()
 
     def decode(self, x, embedded, batch):
@@ -321,8 +318,8 @@ class RelationHead(Head):
         nn.init.constant_(self.label.bias, -7.0)
 
     def logits(self, x, batch):
-        """(T, T, R) of each sentence, T its own length: padded pairs take 3.5 times as long."""
-        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (T, H)
+        """(t, t, R) of each sentence, t its length: padded pairs take 3.5 times as long."""
+        first = self.first(x)[batch.mask].split(batch.lengths)               # B times (t, H)
         second = self.second(x)[batch.mask].split(batch.lengths)
         weight, bias = self.label_vectors()
         return [F.linear(F.relu(u[:, None] + w), weight, bias) for u, w in zip(first, second)]
@@ -335,11 +332,10 @@ class RelationHead(Head):
         """Binary cross-entropy, summed over pairs and labels, averaged over sentences."""
         loss = 0.0
         for logits, relations in zip(self.logits(x, batch), self.gold(batch)):
-            related = torch.zeros(logits.shape)                                  # (T, T, R)
+            true = torch.zeros(logits.shape)                                     # (t, t, R)
             for i, j, label in self.target(relations):
-                related[i, j, self.label_ids[label]] = 1.0
-            loss = loss + F.binary_cross_entropy_with_logits(logits, related.to(x.device),
-                                                             reduction="sum")
+                true[i, j, self.label_ids[label]] = 1.0
+            loss += F.binary_cross_entropy_with_logits(logits, true.to(x.device), reduction="sum")
         return loss / len(batch.documents)
 
     def decode(self, x, embedded, batch):
@@ -348,7 +344,7 @@ class RelationHead(Head):
         return [[(i, j, self.labels[r]) for i, j, r in rows] for rows in found]
 
     def count(self, predictions, batch):
-        return count_relations(predictions, batch, self.gold(batch))
+        return count_relations(predictions, batch, self.gold(batch))     # last-token, ...
 
     def target(self, rows):
         return [(i, j, label) for _, i, _, j, label in rows]
@@ -357,8 +353,8 @@ class RelationHead(Head):
 
 class FFNN(nn.Module):
     """FFNN([a; b; ...]) of Lee et al. 2017: two hidden layers and a score. The first is split into
-    `parts`, W [a; b] = W_a a + W_b b: each is computed once per token or span, and the caller adds
-    them up per span or pair."""
+    parts, W [a; b] = W_a a + W_b b: the caller applies each once per token or span and adds them up
+    per span or pair; `forward` does the rest."""
 
     def __init__(self, widths, units):
         super().__init__()
@@ -376,13 +372,14 @@ class CorefHead(Head):
     Every span of up to W words gets a mention score; the best are kept; each kept span picks an
     antecedent among the A kept spans before it, or none.
 
-        g_i       = [x_first; x_last; x^; phi_w]
+        g_i       = [x_first; x_last; e^; phi_w]
         s_m(i)    = FFNN(g_i)
         s_a(i, j) = FFNN([g_i; g_j; P g_i o P g_j; phi_d])
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)           s(i, none) = 0
 
-    x^ is the attention-weighted mean of the span's embedded tokens, phi_w and phi_d are learned
-    vectors of its width and of the distance, P a projection, o the elementwise product.
+    e^ is the mean of the span's embedded tokens, weighted by an attention that reads x; phi_w and
+    phi_d are learned vectors of its width and of the distance, P a projection, o the elementwise
+    product.
     """
     scores = COREF_SCORES
     mean = "mean"
@@ -455,7 +452,7 @@ class CorefHead(Head):
         return n, n + w, scores[n, w], g
 
     def attention_weights(self, x, ends):
-        """Of the tokens of all spans in x^, (N, W, W): the softmax of a learned score."""
+        """(N, W, W): [n, w, k] weighs token n + k in span (n, w), a softmax of learned scores."""
         scores = self.attention(x)[ends, 0]                                      # (N, W)
         step = torch.arange(ends.shape[1], device=x.device)
         outside = step > step[:, None]                                           # (W, W)
@@ -470,7 +467,7 @@ class CorefHead(Head):
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
         columns = [torch.zeros_like(mention_scores)]
-        # d = S has no pair: it gives every weight a gradient, 0, where there is a single span.
+        # d = S has no pair: where there is a single span it still gives every weight a gradient.
         for d in range(1, min(self.settings.antecedents, len(g)) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
@@ -527,7 +524,7 @@ class HMTL(nn.Module):
         for name, below in self.below.items():
             if name in needed:
                 x = torch.cat([embedded, *(outputs[t] for t in below)], 2)
-                outputs[name] = run_in_groups(self.encoders[name], x, batch)
+                outputs[name] = run_in_groups(self.encoders[name], x, batch)     # encoder(x, mask)
         # head_input: outputs[task], or what another way to share makes of all outputs.
         return embedded, {task: head_input(self, task, outputs) for task in tasks}
 
@@ -597,7 +594,7 @@ def other_layout(sharing, tree):
 
 def head_input(model, task, outputs):
     """The output of the task's encoder; with latent sharing sum_k softmax(w)_k x_k, a mixture of
-    the outputs of all encoders, of which narrow ones end in zeros."""
+    the outputs of all encoders, narrow ones padded with zeros."""
     read = [outputs[encoder] for encoder in model.reads[task]]
     if len(read) == 1:
         return read[0]
@@ -612,8 +609,8 @@ class QuestionHead(RelationHead):
         P(i, j, question) = sigmoid(q relu(U h_i + W h_j + b) + c),    [q; c] = Q mean(e) + d.
 
     All tasks and labels share U, W, b and Q, d: `share_answers` hands them out, as `first`,
-    `second` and `reader`, and `asked`, the batch of the questions. Relations are asked for two
-    last tokens. Coreference keeps its own head: as two questions, which spans are mentions and
+    `second` and `reader`, and `asked`, the batch of the questions. A relation's answer is
+    two last tokens. Coreference keeps its own head: as two questions, which spans are mentions and
     which two mentions are the same, it came to 57 F1 on the built-in corpus, `flat` to 89.
     """
 
@@ -695,7 +692,7 @@ class WordVectors(nn.Module):
         return vectors
 
 def random_bytes(shape, device):
-    """Eight bytes of every random number: with them dropout takes a third of F.dropout's time."""
+    """Eight bytes of each 64-bit random number: dropout then takes a third of F.dropout's time."""
     n = torch.Size(shape).numel()
     numbers = torch.randint(-2 ** 63, 2 ** 63 - 1, (n // 8 + 1,), device=device)
     return numbers.view(torch.uint8)[:n].view(shape)
@@ -787,11 +784,11 @@ def count_relations(predictions, batch, gold_relations):
     rows = {"last-token": [], "boundaries": [], "strict": []}
     tagger = argument_tagger(predictions)
     for i, gold in enumerate(gold_relations):
-        found = predictions["rel"][i]
-        rows["last-token"].append(count_rows(found, [(r[1], r[3], r[4]) for r in gold]))
+        pairs = predictions["rel"][i]
+        rows["last-token"].append(count_rows(pairs, [(r[1], r[3], r[4]) for r in gold]))
         if tagger:
             spans, annotations = predictions[tagger][i], batch.documents[i].annotations
-            found = with_spans(found, spans)
+            found = with_spans(pairs, spans)
             rows["boundaries"].append(count_rows(found, gold))
             if tagger in annotations:
                 gold = with_types(gold, annotations[tagger][0])
@@ -816,7 +813,7 @@ def gold_clusters(batch, clusters, longest):
     return cluster.to(batch.mask.device)
 
 def clusters_of(spans, back):
-    """Clusters of the spans that each pick the one `back` places before, 0 for none."""
+    """The clusters, from every span's antecedent: `back` spans before it, 0 for none."""
     cluster_of = {}
     for i, d in enumerate(back):
         if d > 0:
@@ -831,19 +828,18 @@ def annotate(model, documents, vocabulary):
     whole = [task for task in model.tasks.values() if task.whole_documents]
     by_sentence = [task for task in model.tasks.values() if not task.whole_documents]
     sentences = [words for document in documents for words in document.sentences if words]
-    found = iter([]) if whole else predict_sentences(model, sentences, vocabulary)
+    of_sentences = iter([]) if whole else predict_sentences(model, sentences, vocabulary)
     for document in documents:
         rows = {task.annotation: [] for task in model.tasks.values()}
         if whole and len(document):
             predictions = predict_batch(model, [document], vocabulary)
             rows |= {task.annotation: predictions.pop(task.name)[0] for task in whole}
-            found = (dict(zip(predictions, row)) for row in zip(*predictions.values()))
+            of_sentences = (dict(zip(predictions, row)) for row in zip(*predictions.values()))
         starts = accumulate(map(len, document.sentences), initial=0)
         for words, start in zip(document.sentences, starts):
-            here = next(found) if words and by_sentence else {}
+            here = next(of_sentences) if words and by_sentence else {}
             for task in by_sentence:
-                of_sentence = [shifted(row, start) for row in here.get(task.name, [])]
-                rows[task.annotation].append(of_sentence)
+                rows[task.annotation].append([shifted(r, start) for r in here.get(task.name, [])])
         if "offsets" in document.annotations:
             rows["offsets"] = document.annotations["offsets"]
         yield Document(document.key, document.sentences, rows)

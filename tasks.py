@@ -60,7 +60,7 @@ class Task:
     """
     name: str
     annotation: str
-    validation_metric_name: str                            # one of its head's scores, see hmtl.py
+    validation_metric_name: str                            # a score that its head counts, or mean
     validation_metric_decreases: bool = False
     whole_documents: bool = False
     builtin_size: int = 60                                 # training documents, built-in corpus
@@ -76,7 +76,7 @@ class Task:
             self.data[split] = self.parts(documents, longest)
 
     def parts(self, documents, max_tokens=sys.maxsize):
-        """What the task reads at a time: a sentence (1 token at least), or up to max_tokens."""
+        """What the task reads at a time: documents of up to max_tokens, or (limit 1) sentences."""
         return cut_documents(documents, max_tokens if self.whole_documents else 1)
 
     def labels(self):
@@ -97,16 +97,16 @@ class Task:
     def batch(self, n, batch_size, seed):
         """The documents of training batch number n = 0, 1, 2, ..., which follow from the arguments
         alone: a resumed run needs only the number of batches drawn."""
-        n_before, index = divmod(n, self.n_batches(batch_size))  # passes over the data before it
-        indices = self.batch_order(n_before, batch_size, seed)[index]
+        n_passes, index = divmod(n, self.n_batches(batch_size))  # passes over the data before
+        indices = self.batch_order(n_passes, batch_size, seed)[index]
         return [self.data["train"][i] for i in indices]
 
-    def batch_order(self, n_before, batch_size, seed):
+    def batch_order(self, n_passes, batch_size, seed):
         """The document indices of every batch of one pass over the data."""
-        key = (n_before, batch_size, seed)
+        key = (n_passes, batch_size, seed)
         if key not in self.order:
             lengths = [len(d) for d in self.data["train"]]
-            rng = np.random.default_rng([seed, *self.name.encode(), n_before])     # name: bytes
+            rng = np.random.default_rng([seed, *self.name.encode(), n_passes])     # a name as bytes
             batches = plan_batches(lengths, self.documents_per_batch(batch_size), rng)
             self.order = {key: batches}                    # cached until the next pass
         return self.order[key]
@@ -118,7 +118,7 @@ def plan_batches(lengths, size, rng):
     batches = np.split(np.argsort(noisy), range(size, len(lengths), size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
-TASKS = [Task("ner", "ner", "f1", builtin_size=300),                   # the simplest first
+TASKS = [Task("ner", "ner", "f1", builtin_size=300),          # in the order of the hierarchy
          Task("emd", "emd", "f1", builtin_size=200),
          Task("rel", "relations", "last-token", builtin_size=60),
          Task("coref", "clusters", "mean", whole_documents=True, builtin_size=120)]
@@ -129,7 +129,7 @@ class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
     words: padding and unknown, those of the training documents, those that only the vector file
-    has. counts: in how many training documents each is; inf for the first two, none for the last.
+    has. counts: in how many training documents each of the first is, inf for these two; no others.
     contextual: `ContextualVectors`, what a frozen encoder of the user's makes of whole sentences.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
@@ -147,8 +147,7 @@ class Vocabulary:
         # Count documents (sentences cut from one share its key), not tokens: a name repeated in one
         # document is still unseen elsewhere.
         seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
-        lowered = {(key, word.lower()) for key, word in seen}
-        counts = Counter(word for _, word in lowered)
+        counts = Counter(word for _, word in {(key, word.lower()) for key, word in seen})
         words = sorted(counts, key=lambda word: (-counts[word], word))
         more_words = [word for word in more_words if word not in counts]
         chars = sorted({char for _, word in seen for char in word})
@@ -199,24 +198,23 @@ def make_batch(documents, vocabulary, contextual=None):
 class Scores:
     """Precision P, recall R and F1 = 2 P R / (P + R), in percent, of sums over documents.
 
-    A score is a sum of [hits among predicted, predicted, hits among gold, gold], added over
-    documents before any division. The two hits differ only in `b_cubed`, below the banner.
+    Every score has four numbers, [hits among predicted, predicted, hits among gold, gold], added up
+    over documents before any division. The two hits differ only in `b_cubed`, below the banner.
     """
 
     def __init__(self, mean=None):
         """mean: the name of the mean of all F1, if it is a score of its own."""
         self.mean = mean
         self.sums = {}
-        self.confusions = Counter()      # of (gold label, predicted label); None: nothing there
+        self.confusions = Counter()      # of (gold label, predicted label), None for no row
 
     def add(self, counts):
         """counts: {score name: four numbers}."""
         for name, numbers in counts.items():
-            before = self.sums.get(name, [0, 0, 0, 0])
-            self.sums[name] = [a + b for a, b in zip(before, numbers)]
+            self.sums[name] = [a + b for a, b in zip(self.sums.get(name, [0] * 4), numbers)]
 
     def compute(self):
-        """{name: F1, name-precision, name-recall} of what was added, with 0 / 0 = 0."""
+        """{name: F1, name-precision: P, name-recall: R} of what was added, with 0 / 0 = 0."""
         scores = {}
         for name, (hits, predicted, gold_hits, gold) in self.sums.items():
             precision = 100 * hits / (predicted or 1)
@@ -256,7 +254,7 @@ def one_line(message):
         raise
     except Exception as error:
         found = getattr(error, "strerror", None) or repr(error)
-        name = str(getattr(error, "filename", None) or "")        # that a user's function misses
+        name = str(getattr(error, "filename", None) or "")     # such as one that features() lacks
         found = found if name in message else f"{found}: {name}"
         raise InputError(f"{message}: {found[:200]}") from None
 
@@ -320,7 +318,7 @@ def best_matching_sum(value):
     n, m = value.shape
     cost = np.pad(-value, ((0, 0), (0, 1)))        # column m is where a new row starts
     row_of = np.full(m + 1, -1)                    # the row matched to each column
-    v = np.zeros(m + 1)     # of columns; with a row's u = cost - v at its match, cost - u - v >= 0
+    v = np.zeros(m + 1)     # of columns; a matched row's u is cost - v there; cost - u - v >= 0
     for row in range(n):
         row_of[m], column, done = row, m, np.zeros(m + 1, dtype=bool)
         before, slack = np.full(m + 1, m), np.full(m + 1, np.inf)
@@ -359,9 +357,10 @@ def part_of(document, kept, start):
     the first begins at token `start`. A cluster of which the cut leaves one mention is dropped; one
     that had a single mention before stays."""
     part = Document(document.key, [document.sentences[i] for i in kept])
+    end = start + len(part)
     for name, lists in document.annotations.items():
         if name == "clusters":
-            cut = [[m for m in c if start <= m[0] and m[1] < start + len(part)] for c in lists]
+            cut = [[m for m in c if start <= m[0] and m[1] < end] for c in lists]
             lists = [c for c, whole in zip(cut, lists) if len(c) > 1 or len(c) == len(whole)]
         else:
             lists = [lists[i] for i in kept]
@@ -425,8 +424,7 @@ def parse_document(line, where, key):
     except (ValueError, RecursionError) as error:
         row, surrogates = f"other text ({error})", []
     expect(isinstance(row, dict), where, "one JSON object a line", row)
-    found = {task.annotation: row.get(task.annotation) for task in TASKS}
-    found = {name: lists for name, lists in found.items() if lists is not None}
+    found = {t.annotation: row[t.annotation] for t in TASKS if row.get(t.annotation) is not None}
     document = Document(row.get("doc_key", key), row.get("sentences"), found)
     expect(isinstance(document.key, str), where, "a string as doc_key", document.key)
     for name, x in [("sentences", document.sentences), *found.items()]:
@@ -446,7 +444,7 @@ def parse_document(line, where, key):
             expect(shape == types and all(low <= a <= b < high for a, b in zip(x[::2], x[1::2])),
                    here, f"[{types}] with {low} <= start <= end < {high}", x)
             expect(str(x[-1]).strip(), here, "a label with characters", x)
-        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # document's too
+        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # and in the document
     clusters = found.get("clusters", [])
     expect(all(clusters), f"{where}, clusters", "clusters with spans, none empty", clusters)
     for span, n in Counter(chain(*clusters)).items():
@@ -572,7 +570,8 @@ def by_length(lengths, size):
 def read_text(path):
     """One document of raw text. "offsets" has every word's first character and the one after it."""
     text = "".join(read_lines(path))
-    cuts = [0, *sorted({*line_ends(text), *(m.end() for m in SENTENCE_END.finditer(text) if m[1])})]
+    ends = {m.end() for m in SENTENCE_END.finditer(text) if m[1] and not m[1].islower()}
+    cuts = [0, *sorted({*line_ends(text), *ends})]
     spans = [[m.span() for m in WORD.finditer(text, a, b)] for a, b in zip(cuts, cuts[1:])]
     spans = [sentence for sentence in spans if sentence]
     expect(spans, path, "some text", text)
@@ -623,7 +622,7 @@ def builtin_documents(n, rng, name="news"):
     return [builtin_document(f"{name}-{i}", rng) for i in range(n)]
 
 def builtin_document(key, rng):
-    """Five sentences about three people, organisations and places each."""
+    """Five sentences about three people, three organisations and three places."""
     def pick(options):
         return options[rng.integers(len(options))]
     cast = []
@@ -674,7 +673,7 @@ def add_sentence(document, template, relations, cast, previous, rng):
 
 JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines")
 COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
-ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else spans, labels
+ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else int, int, str
 # Raw text. After an abbreviation, an initial or "...", a sentence ends only before a STARTER.
 ABBREVIATION = (r"(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|Prof|St|Mt|Ft|Gen|Sen|Rep|Gov|Lt|Col|Capt|Sgt|Maj"
                 r"|Adm|Cmdr|Rev|Hon|Atty|Jr|Sr|Inc|Co|Corp|Ltd|Plc|Bros|Ave|vs|etc"
@@ -686,11 +685,11 @@ WORD = re.compile(
     r"(?:https?://|www\.)\S*[\w/]|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+|" + ABBREVIATION
     + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
     r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
-# The first alternative passes over what ends no sentence; group 1 is an end.
+# The first alternative passes over what ends no sentence; group 1 begins the next.
 SENTENCE_END = re.compile(
     r"(?:" + ABBREVIATION + r"|\.{2,}|…)"
     r"(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
-    r"|((?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*[A-Z0-9]))")
+    r"|(?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))")
 # The built-in corpus: invented news. A name is a random stem and an ending. Most endings tell the
 # type, so a test name can be classified though never seen; AMBIGUOUS ones only by the sentence. "P
 # of X" is a job if X is an organisation, a home if it is a place: to find the relation the model

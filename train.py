@@ -18,7 +18,6 @@ Left out for the reader's sake, below the banner: processes, files, the screen, 
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import os
@@ -31,6 +30,7 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def evaluate(model, vocabulary, task, documents, size=32):
     size = task.documents_per_batch(size)
     for i in range(0, len(documents), size):
         batch = make_batch(documents[i:i + size], vocabulary).to(model.device())
-        model(task.name, batch)
+        model(task.name, batch)                                  # adds to its metric
     add_up_processes(model.metrics[task.name])                   # nothing, in a single process
     return model.get_metrics(task.name)
 
@@ -116,7 +116,7 @@ class MultiTaskTrainer:
         self.shared = shared_parameters(model)
         self.anchor = None            # if "successive": these at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
-        self.history = []             # a dict per epoch, log.jsonl: who is best, when to stop
+        self.history = []             # a dict per epoch, as in log.jsonl: who is best, when to stop
         self.checksums = checksums(tasks)
 
     def train(self, n_epochs):
@@ -134,7 +134,7 @@ class MultiTaskTrainer:
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
         rng = np.random.default_rng([self.settings.seed, epoch])
-        torch.manual_seed(int(rng.integers(2 ** 63)) + processes()[0])     # other dropout in each
+        torch.manual_seed(int(rng.integers(2 ** 63)) + processes()[0])     # each its own dropout
         n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
         plan = plan_epoch(self.settings.schedule, n_batches, rng)
         losses = {}
@@ -156,7 +156,7 @@ class MultiTaskTrainer:
         documents, weight = weighted_share(documents)        # all, and 1, in a single process
         batch = make_batch(documents, self.vocabulary).to(self.model.device())
 
-        # Its gradient, no longer than `clip`.
+        # Its gradient, of norm `clip` at most.
         self.model.zero_grad()               # to None: Adam skips what the task does not use
         loss = self.model(task.name, batch)["loss"] * weight
         loss.backward()
@@ -275,8 +275,8 @@ def add_up_processes(metric):
 # The files of a run. The checkpoint comes last: after a kill before it, --resume repeats the epoch.
 def checksums(tasks):
     """{task: {split: checksum of its documents}}."""
-    return {task.name: {split: hashlib.sha256("\n".join(map(to_json, x)).encode()).hexdigest()
-                        for split, x in task.data.items()} for task in tasks}
+    return {task.name: {split: sha256(repr([(d.sentences, d.annotations) for d in x]).encode())
+                        .hexdigest() for split, x in task.data.items()} for task in tasks}
 
 def start_run(trainer):
     """Writes what the first epoch needs to be resumed."""
@@ -465,7 +465,7 @@ def print_start(trainer):
         print(f"{task.name:5s} {sizes}  {unit} {n:9d} {share:16.3f}")
     for task in trainer.tasks:
         lists = [rows for d in task.data["train"] for rows in d.annotations[task.annotation]]
-        left, total, why = 0, sum(map(len, lists)), "overlap a longer one"
+        left, total, why = 0, sum(map(len, lists)), "overlap another"
         if task.whole_documents:
             print(f"{task.name}: {total} spans in {len(lists)} clusters")
             left = sum(end - start >= settings.max_span for start, end in chain(*lists))
@@ -544,7 +544,7 @@ def annotated_lines(document, names):
                 notes[start].append(f"    {text(start, end)} -- {label} -> {text(*to)}")
             else:
                 labels.setdefault((start, end), []).append(label)
-    # Longest first: a span crosses one before it if its ends lie in different innermost spans.
+    # Longest first. innermost: the last span around each token; a span whose ends differ crosses.
     opened, closed, innermost = Counter(), [""] * len(words), [None] * len(words)
     for start, end in sorted(labels, key=lambda span: (span[0] - span[1], span)):
         label = " ".join(dict.fromkeys(labels[start, end]))
@@ -578,8 +578,7 @@ def build(settings, checkpoint=None, folder=None, features=""):
     keep_features(contextual, tasks)
     documents, words, vectors = [d for t in tasks for d in t.data["train"]], [], None
     if settings.vectors:
-        words, values = read_vectors(settings.vectors)
-        vectors = words, values
+        vectors = words, values = read_vectors(settings.vectors)
         settings.word_dim = values.shape[1]              # the file's width wins
         seen = Counter(word.lower() for d in documents for word in chain(*d.sentences))
         known = seen.keys() & {*words}
@@ -754,12 +753,11 @@ def parse(arguments):
         help="go on with --run; --epochs, --patience, --device, the place of --data may change")
     add("--predict", metavar="FILE", nargs="+",
         help="annotate raw text (-: standard input), .json, .jsonl, .conll or .bio")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--json", dest="form", action="store_const", const="json", default="text",
+    add_form = parser.add_mutually_exclusive_group().add_argument
+    add_form("--json", dest="form", action="store_const", const="json", default="text",
         help="predict JSON lines")
-    add("--columns", dest="form", action="store_const", const="columns",
+    add_form("--columns", dest="form", action="store_const", const="columns",
         help="predict columns: word, tag of the file if it has one, predicted tag")
-    add = parser.add_argument
     add("--features", metavar="FILE.py", default="",
         help="your contextual vectors: a function features(sentences) (see the README)")
     add("--evaluate", metavar="PATH", help="score on an annotated file, or a folder's test file")
@@ -809,8 +807,7 @@ def resumed_settings(given, checkpoint, folder):
         stored = asdict(Settings(**checkpoint["settings"]))
     for name, value in given.items():
         expect(value == stored[name] or name in ("epochs", "patience", "device", "data"),
-               FLAGS[name],
-               f"{shown(stored[name])}, as in the run", shown(value))
+               FLAGS[name], f"{shown(stored[name])}, as in the run", shown(value))
     return Settings(**stored | given)
 
 def run(settings, folder, checkpoint=None, features=""):
