@@ -79,11 +79,11 @@ class Task:
         """What the task reads at a time: documents of up to max_tokens, or (limit 1) sentences."""
         return cut_documents(documents, max_tokens if self.whole_documents else 1)
 
-    def labels(self):
+    def labels(self, split="train"):
         """The labels of the training documents, sorted; coreference has none."""
         if self.whole_documents:
             return []
-        sentences = [d.annotations[self.annotation][0] for d in self.data["train"]]  # one each
+        sentences = [d.annotations[self.annotation][0] for d in self.data[split]]    # one each
         return sorted({row[-1] for rows in sentences for row in rows})
 
     def documents_per_batch(self, batch_size):
@@ -253,10 +253,10 @@ def one_line(message):
     except InputError:
         raise
     except Exception as error:
-        found = getattr(error, "strerror", None) or repr(error)
+        found = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         name = str(getattr(error, "filename", None) or "")     # such as one that features() lacks
         found = found if name in message else f"{found}: {name}"
-        raise InputError(f"{message}: {found[:200]}") from None
+        raise InputError(f"{message}: {' '.join(found.split())[:200]}") from None
 
 def confusions(predicted, gold):
     """Counter of (gold label, predicted label) at every place that either has, a place being a row
@@ -376,7 +376,7 @@ def read_split(folder, split, task):
     wanted = f"{split} documents with the key '{task.annotation}' for the task {task.name}"
     expect(documents, folder, wanted, "none")
     rows = chain.from_iterable(d.annotations[task.annotation] for d in documents)
-    expect(split != "train" or any(rows), folder, wanted, "only empty ones")
+    expect(split == "test" or any(rows), folder, wanted, "only empty ones")
     return documents
 
 def file_of(folder, split):
@@ -527,7 +527,7 @@ class ContextualVectors:
         if path or any(shape):
             run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
             expect(Path(path).is_file(), "--features", f"a file{run}", path or "none")
-            with one_line(f"{path}: expected Python code"):
+            with one_line(f"{path}: expected Python code"), torch.no_grad():
                 self.function = runpy.run_path(path).get("features")
             expect(callable(self.function), path, "a function features(sentences)", "none")
 
@@ -547,7 +547,7 @@ class ContextualVectors:
         for indices in by_length([len(words) for words in sentences], 32):
             show(len(found))
             asked = [sentences[i] for i in indices]
-            with one_line(f"{where}: expected a list of arrays"):
+            with one_line(f"{where}: expected a list of arrays"), torch.no_grad():
                 arrays = self.function([list(words) for words in asked])
                 arrays = [torch.as_tensor(x).detach().cpu() for x in arrays]
             expect(len(arrays) == len(asked), where, f"{len(asked)} arrays", str(len(arrays)))
@@ -555,9 +555,9 @@ class ContextualVectors:
                 shape = tuple(x.shape)
                 if not any(self.shape) and len(shape) == 3:
                     self.shape = shape[0], shape[2]
-                wanted = self.shape[0], len(words), self.shape[1]
+                wanted = self.shape[0] or "layers", len(words), self.shape[1] or "width"
                 expect(x.is_floating_point() and shape == wanted, where,
-                       f"floats (layers, words, width), {wanted}", f"{x.dtype} {shape}")
+                       "floats ({}, {} words, {})".format(*wanted), f"{x.dtype} {shape}")
                 expect(x.half().isfinite().all(), where, "finite numbers up to 65504", "others")
                 found[words] = x.half()
         return found
@@ -596,7 +596,7 @@ def line_ends(text):
 
 def cut_sentences(document, where, longest=300):
     """The document with its sentences cut to `longest` words, as relations need memory for every
-    pair of tokens; if any is cut, without its annotations."""
+    pair of tokens; if any is cut, without its annotations, the gold column of --columns too."""
     if max(map(len, document.sentences), default=0) <= longest:
         return document
     print(f"{where}: cut: a sentence of more than {longest} words", file=sys.stderr)

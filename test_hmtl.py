@@ -1638,7 +1638,7 @@ class ScreenTest(unittest.TestCase):
         self.assertEqual(len(lines), 3)
         pairs = confusions(document.annotations["ner"][0], [(0, 0, f"Y{odd}")])
         lines += self.printed(train.print_labels, {"f1": 1.0}, pairs).split("\n")
-        lines += train.column_lines(document, document, "ner")
+        lines += train.column_lines([document, document], "ner")
         self.assertFalse({*odd} & {*"".join(lines)})
         self.assertIn(r"a\x01\x02", lines[0])
         self.assertIn("é", lines[0])
@@ -1686,6 +1686,7 @@ class ScreenTest(unittest.TestCase):
         self.assertIn("coref: not learned: 1 of 2 training spans, which have more than --max-span "
                       "8 words", screen)
         self.assertRegex(screen, r"ner +1 +12 +12  sentences +1 +0.500")
+        self.assertIn("ner: not in train: LOC, ORG, PER\n", screen)
         trainer.model = tiny_trainer(("ner", "coref"), sharing="question").model
         self.assertNotIn("ner: not learned", self.printed(train.print_start, trainer))
 
@@ -1766,6 +1767,7 @@ class RunTest(FolderTest):
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, "r")
             history = checkpoint["history"][:kept]
             train.restore_run(trainer, checkpoint | {"history": history})
+            train.mend_folder(trainer)
             self.assertEqual(list(map(json.loads, log.read_text().splitlines())), history)
             train.start_run(trainer)                 # refuses a folder with a log of epochs
 
@@ -1820,6 +1822,14 @@ class RunTest(FolderTest):
         Path("x.txt").write_text("Ada left.")
         lines = self.output("--run r --predict x.txt --columns").splitlines()
         self.assertEqual([len(line.split()) for line in lines], [2, 2, 2, 0])
+        documents[0].annotations.clear()                          # so that not all have a gold tag
+        Path("x.jsonl").write_text("\n".join(map(to_json, documents)))
+        lines = self.output("--run r --predict x.jsonl --columns").splitlines()
+        self.assertEqual({len(line.split()) for line in lines}, {2, 0})
+        documents[0].annotations["relations"] = [[]]
+        Path("x.jsonl").write_text(to_json(documents[0]))
+        self.assertIn("ner: no document of x.jsonl has the key 'ner'",
+                      self.output("--run r --evaluate x.jsonl"))
         self.untrained("two", "ner", "emd")
         self.refused("--run two --predict x.txt --columns", "one tagger")
         self.untrained("emd", "emd")                              # columns are its tags too
@@ -1835,14 +1845,28 @@ class RunTest(FolderTest):
             self.assertEqual({len(line.split()) for line in lines}, {3, 0})
 
     def test_columns_keep_the_label(self):
-        spans = [(0, 1, "EU-L-X"), (2, 2, "EU-L-X")]
-        document = Document("d", [["a", "b", "c", "d"]], {"ner": [spans]})
-        self.assertEqual(train.column_lines(document, document, "ner"), [
-            "a B-EU-L-X B-EU-L-X", "b I-EU-L-X I-EU-L-X", "c B-EU-L-X B-EU-L-X", "d O O", ""])
+        spans = [(0, 1, "EU-L X"), (2, 2, "EU-L X")]               # no cell holds a blank
+        document = Document("d", [["a", "b", "c d", "d"]], {"ner": [spans]})
+        self.assertEqual(train.column_lines([document, document], "ner"), [
+            "a B-EU-L_X B-EU-L_X", "b I-EU-L_X I-EU-L_X", "c_d B-EU-L_X B-EU-L_X", "d O O", ""])
 
     def model(self, documents):
         model, vocabulary = train.load_run("r")
         return model, documents, vocabulary
+
+    def test_a_kill_between_checkpoint_and_best_weights(self):
+        real = train.write
+        def killed(path, content):
+            if path.name.startswith("best"):
+                raise train.Stopped
+            real(path, content)
+        with mock.patch("train.write", killed), self.assertRaises(train.Stopped):
+            self.output(f"{self.TRAIN} --run s --epochs 2")
+        self.output("--run s --resume --epochs 1")
+        row = json.loads(Path("s/log.jsonl").read_text())
+        result = json.loads(Path("s/results.json").read_text())["tasks"]
+        for name in ("ner", "rel"):
+            self.assertEqual(result[name]["own_best"]["dev"], row["dev"][name])
 
     def test_words_that_only_the_vector_file_has(self):
         Path("vectors.txt.gz").write_bytes(gzip.compress(Path("vectors.txt").read_bytes()))
@@ -1901,16 +1925,14 @@ class RunTest(FolderTest):
         Path("r/lock").rmdir()
         self.refused('--run "" --resume', "--run: expected a folder")
         self.refused('--run "" --data news', "--run: expected a folder")
+        state["history"][0]["dev"]["ner"]["f1"] = 100.0           # the third epoch is not the best
+        train.write(path, state)
         for name, content in [("best.pt", {"n": 1}), ("best-ner.pt", {"model": {}})]:
             train.write(Path("r", name), content)
             self.refused("--run r --resume", f"{name}: expected weights of this run")
             Path("r", name).write_bytes((self.made / "r" / name).read_bytes())
-        state["history"][0]["dev"]["ner"]["f1"] = 100.0           # the third epoch is not the best
-        train.write(path, state)
-        for name in ("best.pt", "best-ner.pt"):                   # without them it trains on
-            Path("r", name).unlink()
-        self.assertEqual(self.output(line).count("is gone"), 2)
-        self.assertEqual(len(Path("r/log.jsonl").read_text().splitlines()), 3)
+        Path("r/best-ner.pt").unlink()
+        self.refused(line, "r: expected best-ner.pt, found none")
 
     def test_a_device_without_numbers_is_refused(self):
         for line in ("--run r --predict news/test.jsonl", "--run r --evaluate news",
@@ -2073,20 +2095,23 @@ def features(sentences):
             self.refused(f"--run r {line} --features no.py", "--features: expected .* found no.py")
         inner = self.FILE.replace("features", "inner") + "def features(sentences):\n "
         for change, pattern in [
-                ("return [x[:2] for x in inner(sentences)]", r"\(3, \d+, 4\), found .*\(2, "),
-                ("return [x[:, :, :3] for x in inner(sentences)]", r"\(3, \d+, 4\), found .*, 3\)"),
-                ("return [x[:, 1:] for x in inner(sentences)]", r"\(3, \d+, 4\), found"),
-                ("return [x[0] for x in inner(sentences)]", r"\(3, \d+, 4\), found"),
+                ("return [x[:2] for x in inner(sentences)]", r"\(3, \d+ words, 4\), found .*\(2, "),
+                ("return [x[:, :, :3] for x in inner(sentences)]", r"\(3, \d+ words, 4\), found .*, 3\)"),
+                ("return [x[:, 1:] for x in inner(sentences)]", r"\(3, \d+ words, 4\), found"),
+                ("return [x[0] for x in inner(sentences)]", r"\(3, \d+ words, 4\), found"),
                 ("return [x.astype(int) for x in inner(sentences)]", r"floats .* found torch.int"),
                 ("return [x * np.nan for x in inner(sentences)]", "finite numbers"),
                 ("return [x * 1e6 for x in inner(sentences)]", "finite numbers up to 65504"),
                 ("return inner(sentences)[1:]", "expected 32 arrays, found 31"),
                 ("return ['no array' for _ in sentences]", "expected a list of arrays"),
                 ("return None", "expected a list of arrays: TypeError"),
-                ("raise KeyError('a word')", r"features\(\).*: KeyError\('a word'\)"),
+                ("raise KeyError('a word')", r"features\(\).*: KeyError: 'a word'"),
                 ("return open('nowhere')", r"features\(\).*: No such file.*: nowhere$")]:
             Path("g.py").write_text(inner + change + "\n")
             self.refused("--run r --resume --epochs 2 --features g.py", pattern)
+        Path("g.py").write_text("import torch\ntorch.set_grad_enabled(False)\n" + self.FILE.replace(
+            "def features(sentences):", "def features(sentences):\n    torch.set_grad_enabled(False)"))
+        self.output("--run r --resume --epochs 2 --features g.py")     # trains nevertheless
         for text, pattern in [("features = 3", r"a function features\(sentences\)"),
                               ("def other(): pass", r"a function features\(sentences\)"),
                               ("def (", "g.py: expected Python code: SyntaxError"),
@@ -2178,6 +2203,14 @@ class CommandLineTest(FolderTest):
         self.assertEqual(train.resumed_settings(given, stored, Path("run")),
                          replace(TINY, **given))
 
+    def test_what_goes_on_after_an_interruption(self):
+        line = "--tasks ner --encoder 1x8 --run 'a b'"
+        with mock.patch("train.MultiTaskTrainer.train", side_effect=KeyboardInterrupt):
+            for given, again in [(line, f"{line} --run 'a b' --resume"), *[(f"{line} --resume",) * 2]]:
+                with mock.patch("sys.argv", ["train.py", *shlex.split(given)]):
+                    with self.assertRaisesRegex(train.Stopped, f"go on with: python train.py {again}$"):
+                        self.output(line)
+
     def test_one_thread_unless_asked_for_more(self):
         def stop(*arguments):
             raise train.Stopped
@@ -2199,6 +2232,8 @@ class CommandLineTest(FolderTest):
         Path("short.txt").write_text("a 1 2\nb 1\n")
         Path("strange.txt").write_text("zzz 1 2\n")
         Path("two").mkdir()
+        Path("own").mkdir()
+        train.write(Path("own/best.pt"), {"settings": {"tasks": ("pos", "ner")}})
         for name in ("train.json", "train.txt"):
             (Path("two") / name).write_text("")
         for line, part in [("--tasks foo", "invalid choice: 'foo'"), ("--data nowhere", "nowhere"),
@@ -2209,6 +2244,7 @@ class CommandLineTest(FolderTest):
                            ("--threads -1", "--threads: expected a number"),
                            ("--threads 10000", "--threads: expected a number"),
                            ("--encoder 1x100000", "LAYERSxUNITS"),
+                           ("--run own --predict x", "the script that defines its tasks"),
                            ("--run r --resume --predict x", "--resume: expected no --predict"),
                            ("--data two broken.pt", "--data: expected one folder for all tasks"),
                            ("--epochs x", "epochs"), ("--run nothing --resume", "nothing"),

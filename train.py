@@ -272,7 +272,8 @@ def add_up_processes(metric):
     for counts, _ in shares:
         metric.add(counts)
 
-# The files of a run. The checkpoint comes last: after a kill before it, --resume repeats the epoch.
+# The files of a run. The checkpoint comes before the best weights: after a kill in between, --resume
+# writes these again; after one before it, it repeats the epoch.
 def checksums(tasks):
     """{task: {split: checksum of its documents}}."""
     return {task.name: {split: sha256(repr([(d.sentences, d.annotations) for d in x]).encode())
@@ -296,21 +297,26 @@ def vocabulary_state(vocabulary):
     return {"words": vocabulary.words[:len(vocabulary.counts)], "chars": vocabulary.chars,
             "counts": vocabulary.counts, "contextual": [*vocabulary.contextual.shape]}
 
+def trained(trainer):
+    return {"settings": asdict(trainer.settings), "model": trainer.model.state_dict(),
+            "vocabulary": vocabulary_state(trainer.vocabulary),
+            "labels": {task.name: task.labels() for task in trainer.tasks}}
+
 def save_run(trainer):
-    vocabulary = vocabulary_state(trainer.vocabulary)
-    trained = {"settings": asdict(trainer.settings), "vocabulary": vocabulary,
-               "labels": {task.name: task.labels() for task in trainer.tasks},
-               "model": trainer.model.state_dict()}
-    scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
-    for name, values in (scores | {"best.pt": trainer.mean_scores()}).items():
-        path = trainer.folder / name
-        if values and (best_epoch(values) == len(values) - 1 or not path.exists()):
-            write(path, trained)
     write_log(trainer)
     write(trainer.folder / "checkpoint.pt", {
-        **trained, "data": trainer.checksums, "steps": trainer.steps, "history": trainer.history,
+        **trained(trainer), "data": trainer.checksums, "steps": trainer.steps,
+        "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
+    save_best(trainer)
+
+def save_best(trainer):
+    """The last epoch's weights, under each name for which they are the best."""
+    scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
+    for name, values in (scores | {"best.pt": trainer.mean_scores()}).items():
+        if values and best_epoch(values) == len(values) - 1:
+            write(trainer.folder / name, trained(trainer))
 
 def write_log(trainer):
     write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
@@ -335,10 +341,15 @@ def restore_run(trainer, checkpoint):
     done = len(trainer.history)
     expect(trainer.settings.epochs >= done, "--epochs", f"at least {done}, as many as the run has",
            str(trainer.settings.epochs))
-    write_log(trainer)           # a killed run may have logged an epoch that its checkpoint lacks
+
+def mend_folder(trainer):
+    """After a kill the log may hold an epoch that the checkpoint lacks, best weights may be old."""
+    write_log(trainer)
+    save_best(trainer)
+    gathered(None)                    # waits until the first process has written them
     for name in ["best.pt", *(f"best-{task.name}.pt" for task in trainer.tasks)]:
-        if trainer.history and not (trainer.folder / name).exists():
-            print(f"{trainer.folder / name} is gone: the next epoch's weights take its place")
+        there = (trainer.folder / name).exists() or not trainer.history
+        expect(there, trainer.folder, name, "none")
 
 def write_results(trainer):
     """Final scores, into results.json and returned: of each task's own best weights, as in the
@@ -473,6 +484,9 @@ def print_start(trainer):
         else:
             labels = Counter(label for *_, label in chain(*lists)).most_common(20)
             print(f"{task.name}:", ", ".join(f"{visible(label)} {n}" for label, n in labels))
+            unseen = {*task.labels("dev"), *task.labels("test")} - {*task.labels()}
+            if unseen:
+                print(f"{task.name}: not in train:", visible(", ".join(sorted(unseen))))
         if isinstance(model.heads[task.name], Tagger):
             left = total - sum(len(outermost(spans)) for spans in lists)
         if left:
@@ -608,6 +622,8 @@ def load_run(folder, device="cpu", state=None, features=""):
     state, words, vectors = state or load(Path(folder, "best.pt")), [], None
     with one_line(f"{folder}: expected checkpoints of train.py"):
         settings = Settings(**state["settings"])
+        expect(HIERARCHY.keys() >= {*settings.tasks}, folder, "the script that defines its tasks",
+               " ".join(settings.tasks))
         check_settings(settings)
         if settings.vectors:                             # they are stored apart, once
             stored = load(Path(folder, "vectors.pt"))
@@ -654,11 +670,12 @@ def predict(folder, paths, form, device, features):
     whole = form == "json" or any(task.whole_documents for task in model.tasks.values())
     for path in paths:
         documents = to_predict(path, tagged[0] if tagged else "ner", whole)
+        gold = bool(tagged) and all(tagged[0] in d.annotations for d in documents)
         for document, found in zip(documents, annotate(model, documents, vocabulary)):
             if form == "json":
                 lines = [to_json(found)]
             elif form == "columns":
-                lines = column_lines(document, found, tagged[0])
+                lines = column_lines([document, found][not gold:], tagged[0])
             else:
                 lines = annotated_lines(found, keys)
             print("\n".join(lines), flush=True)
@@ -673,13 +690,14 @@ def to_predict(path, key, whole):
         documents[i] = cut_sentences(document, f"{path}, {document.key}")
     return cut_documents(documents, 1) if raw and not whole else documents
 
-def column_lines(document, found, key):
-    """A word, its tag in the document if it has the key, and the predicted one: for conlleval."""
-    lines, versions = [], [d for d in (document, found) if key in d.annotations]
+def column_lines(versions, key):
+    """A word, its gold tag if there are two versions, and the predicted one: for conlleval."""
+    lines = []
     for parts in zip(*(cut_documents([version], 1) for version in versions)):
         tags = [tags_of(part.annotations[key][0], len(part)) for part in parts]
         tags = [[{"U": "B", "L": "I"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in tags]
-        lines += [visible(" ".join(row)) for row in zip(parts[0].sentences[0], *tags)] + [""]
+        rows = zip(parts[0].sentences[0], *tags)
+        lines += [visible(" ".join("_".join(x.split()) for x in row)) for row in rows] + [""]
     return lines
 
 def print_evaluation(folder, path, device, features):
@@ -695,6 +713,8 @@ def print_evaluation(folder, path, device, features):
             print(f"\n{task.name}: {path}, {len(documents)} {unit}")
             scores = evaluate(model, vocabulary, task, documents)
             print_labels(scores, model.metrics[task.name].confusions)
+        else:
+            print(f"\n{task.name}: no document of {path} has the key '{task.annotation}'")
 
 def print_labels(scores, pairs):
     """Scores, then precision, recall and F1 of the labels, then the most frequent confusions."""
@@ -826,6 +846,7 @@ def run(settings, folder, checkpoint=None, features=""):
     if checkpoint:
         with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
+        mend_folder(trainer)
     print_start(trainer)
     try:
         with locked(folder):
@@ -833,9 +854,9 @@ def run(settings, folder, checkpoint=None, features=""):
             print_results(trainer, write_results(trainer))
             print_examples(trainer)
     except KeyboardInterrupt:
-        again = [*sys.argv[:1], "--run", str(folder), "--resume"]
-        again += ["--features", features] if features else []
-        raise Stopped(f"stopped; go on with: python {shlex.join(again)}") from None
+        again = [] if "--resume" in sys.argv else ["--run", str(folder), "--resume"]
+        again = shlex.join([*sys.argv, *again])
+        raise Stopped(f"stopped; go on with: python {again}") from None
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
