@@ -1554,11 +1554,11 @@ class InputTest(unittest.TestCase):
         tasks, vocabulary, model = train.build(settings)
         self.assertEqual(vocabulary.words, ["", "<unknown>", "a", "train"])
         self.assertEqual(model.heads["ner"].labels, ["A", "Ltrain"])
-        same = {"labels": {"ner": ["A", "Ltrain"]}, "settings": asdict(settings),
-                "vocabulary": train.vocabulary_state(vocabulary), "model": model.state_dict()}
+        same = train.trained(train.MultiTaskTrainer(model, tasks, vocabulary, settings, "unused"))
+        self.assertEqual(same["labels"], {"ner": ["A", "Ltrain"]})
         _, again, rebuilt = train.build(settings, same, self.path.parent)
-        self.assertEqual(train.vocabulary_state(again), same["vocabulary"])
-        self.assertEqual(again.words, vocabulary.words)
+        for part in ("words", "chars", "counts"):
+            self.assertEqual(getattr(again, part), getattr(vocabulary, part))
         self.assertTrue(all(map(torch.equal, rebuilt.state_dict().values(),
                                 model.state_dict().values())))
         for other in ({"labels": {"ner": ["X"]}}, {"vocabulary": {
@@ -1755,9 +1755,8 @@ class RunTest(FolderTest):
         settings = replace(TINY, tasks=names, **changes)
         tasks, vocabulary, model = tiny_model(names, settings)
         Path(folder).mkdir()
-        train.write(Path(folder, "best.pt"), {
-            "settings": asdict(settings), "vocabulary": train.vocabulary_state(vocabulary),
-            "labels": {task.name: task.labels() for task in tasks}, "model": model.state_dict()})
+        trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
+        train.write(Path(folder, "best.pt"), train.trained(trainer))
 
     def test_killed_between_log_and_checkpoint(self):
         log, checkpoint = Path("r/log.jsonl"), train.load("r/checkpoint.pt")
@@ -1767,7 +1766,7 @@ class RunTest(FolderTest):
             trainer = train.MultiTaskTrainer(model, tasks, vocabulary, settings, "r")
             history = checkpoint["history"][:kept]
             train.restore_run(trainer, checkpoint | {"history": history})
-            train.mend_folder(trainer)
+            train.save_run(trainer)
             self.assertEqual(list(map(json.loads, log.read_text().splitlines())), history)
             train.start_run(trainer)                 # refuses a folder with a log of epochs
 

@@ -272,8 +272,8 @@ def add_up_processes(metric):
     for counts, _ in shares:
         metric.add(counts)
 
-# The files of a run. The checkpoint comes before the best weights: after a kill in between, --resume
-# writes these again; after one before it, it repeats the epoch.
+# The files of a run: the log, the checkpoint, then best weights. After a kill, --resume writes the
+# others again from the checkpoint.
 def checksums(tasks):
     """{task: {split: checksum of its documents}}."""
     return {task.name: {split: sha256(repr([(d.sentences, d.annotations) for d in x]).encode())
@@ -292,34 +292,31 @@ def start_run(trainer):
             write(trainer.folder / "vectors.pt", {"words": words, "vectors": vectors})
         save_run(trainer)
 
-def vocabulary_state(vocabulary):
-    """Without the words that only the vector file has: vectors.pt holds them."""
-    return {"words": vocabulary.words[:len(vocabulary.counts)], "chars": vocabulary.chars,
-            "counts": vocabulary.counts, "contextual": [*vocabulary.contextual.shape]}
-
 def trained(trainer):
+    """What predicts. The words that only the vector file has are in vectors.pt."""
+    vocabulary = trainer.vocabulary
+    words = vocabulary.words[:len(vocabulary.counts)]
     return {"settings": asdict(trainer.settings), "model": trainer.model.state_dict(),
-            "vocabulary": vocabulary_state(trainer.vocabulary),
+            "vocabulary": {"words": words, "chars": vocabulary.chars, "counts": vocabulary.counts,
+                           "contextual": [*vocabulary.contextual.shape]},
             "labels": {task.name: task.labels() for task in trainer.tasks}}
 
+def watched(trainer):
+    """{file of best weights: the scores of all epochs that say which is the best}."""
+    scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
+    return scores | {"best.pt": trainer.mean_scores()}
+
 def save_run(trainer):
-    write_log(trainer)
+    log = "".join(json.dumps(row) + "\n" for row in trainer.history)
+    write(trainer.folder / "log.jsonl", log)
     write(trainer.folder / "checkpoint.pt", {
         **trained(trainer), "data": trainer.checksums, "steps": trainer.steps,
         "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
-    save_best(trainer)
-
-def save_best(trainer):
-    """The last epoch's weights, under each name for which they are the best."""
-    scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
-    for name, values in (scores | {"best.pt": trainer.mean_scores()}).items():
+    for name, values in watched(trainer).items():
         if values and best_epoch(values) == len(values) - 1:
             write(trainer.folder / name, trained(trainer))
-
-def write_log(trainer):
-    write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
 
 def restore_run(trainer, checkpoint):
     """Everything but the model, which `build` has loaded."""
@@ -337,19 +334,12 @@ def restore_run(trainer, checkpoint):
                    f"optimizer {name}", f"a state of {tuple(parameter.shape)}", str(shapes))
     trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
     trainer.history = checkpoint["history"]
-    trainer.mean_scores()                                      # an error if it is damaged
     done = len(trainer.history)
+    for name, values in watched(trainer).items():              # those of the last epoch it has
+        there = not values or best_epoch(values) == done - 1 or (trainer.folder / name).exists()
+        expect(there, trainer.folder, name, "none")
     expect(trainer.settings.epochs >= done, "--epochs", f"at least {done}, as many as the run has",
            str(trainer.settings.epochs))
-
-def mend_folder(trainer):
-    """After a kill the log may hold an epoch that the checkpoint lacks, best weights may be old."""
-    write_log(trainer)
-    save_best(trainer)
-    gathered(None)                    # waits until the first process has written them
-    for name in ["best.pt", *(f"best-{task.name}.pt" for task in trainer.tasks)]:
-        there = (trainer.folder / name).exists() or not trainer.history
-        expect(there, trainer.folder, name, "none")
 
 def write_results(trainer):
     """Final scores, into results.json and returned: of each task's own best weights, as in the
@@ -846,7 +836,7 @@ def run(settings, folder, checkpoint=None, features=""):
     if checkpoint:
         with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
-        mend_folder(trainer)
+        save_run(trainer)            # after a kill log or best weights may be of another epoch
     print_start(trainer)
     try:
         with locked(folder):
