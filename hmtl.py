@@ -80,7 +80,7 @@ def layout(sharing, tasks):
     tree = {task: [t for t in HIERARCHY[task] if t in tasks][:1] for task in tasks}
     if sharing == "hierarchical":
         return tree, {task: [task] for task in tasks}
-    return other_layout(sharing, tree)
+    return other_layout(sharing, tasks, tree)
 
 # --------------------------------------------------------------------------------- shared layers
 
@@ -172,8 +172,9 @@ class Encoder(nn.Module):
         turned = turned_around(mask)               # (B, T): its mirror image's row in (B * T, ...)
         for forwards, backwards in zip(self.forwards, self.backwards):
             ahead, _ = forwards(x)                                               # (B, T, D / 2)
-            back, _ = backwards(take_rows(x, turned))
-            x = torch.cat([ahead, take_rows(back, turned)], 2)
+            back, _ = backwards(F.embedding(turned, x.flatten(0, 1)))   # faster than indexing
+            back = F.embedding(turned, back.flatten(0, 1))
+            x = torch.cat([ahead, back], 2)
             x = dropout(x, self.rate, self.training, mask=mask[:, :, None])
         return x
 
@@ -204,10 +205,9 @@ class Head(nn.Module):
         return rows if self.task.whole_documents else [sentences[0] for sentences in rows]
 
     def count(self, predictions, batch):
-        """{score: the four numbers of `Scores`}. predictions: {task: what its head decodes}."""
-        pairs = list(zip(predictions[self.task.name], self.gold(batch)))
-        return {name: sum_of(score(*pair) for pair in pairs)
-                for name, score in self.scores.items()}
+        """Of every document {score: the four numbers of `Scores`}. predictions: {task: decoded}."""
+        for predicted, gold in zip(predictions[self.task.name], self.gold(batch)):
+            yield {name: score(predicted, gold) for name, score in self.scores.items()}
 
     def target(self, rows):
         """Gold rows in the form of decoded ones."""
@@ -497,12 +497,11 @@ class HMTL(nn.Module):
             self.encoders[name] = Encoder(width, shape, settings.dropout)
         heads = HEADS | QUESTION_HEADS if settings.sharing == "question" else HEADS
         self.heads = nn.ModuleDict()
-        self.metrics = {}
         for name, reads in self.reads.items():
             width = max(self.encoders[t].width for t in reads)    # several if latent: see mixtures
             self.heads[name] = heads[name](self.tasks[name], labels[name], width,
                                            self.embedder.width, settings)
-            self.metrics[name] = Scores(self.heads[name].mean)
+        self.metrics = {name: Scores(head.mean) for name, head in self.heads.items()}
         if settings.sharing == "question":
             share_answers(self, vocabulary, settings)
         self.mixtures = nn.ParameterDict({name: torch.zeros(len(reads))
@@ -535,7 +534,8 @@ class HMTL(nn.Module):
             embedded, inputs = self.encode(batch, [task_name])
             return {"loss": head.loss(inputs[task_name], embedded, batch)}
         predictions = self.predict(batch, [task_name])
-        self.metrics[task_name].add(head.count(predictions, batch))
+        for counts in head.count(predictions, batch):
+            self.metrics[task_name].add(counts)
         self.metrics[task_name].confusions += count_confusions(head, predictions, batch)
         return {"predictions": predictions[task_name]}
 
@@ -559,7 +559,6 @@ class HMTL(nn.Module):
 # ================================================================================================
 # Skip this on a first reading: the practical side. Go on with train.py.
 # ================================================================================================
-#
 # What differs from the paper, and why:
 # - ELMo is not here: --features reads the vectors of any frozen encoder in its place.
 # - By default all encoders are one wide layer, batches smaller, the learning rate higher: after ten
@@ -575,15 +574,13 @@ class HMTL(nn.Module):
 # - In training, gold mentions are kept beside the best. Kept spans may cross; Lee et al. drop such.
 # - Of two spans the antecedent scorer reads P g_i o P g_j. With g_i o g_j a step takes 1.7 times as
 #   long; on SciERC (dev, one seed, --features) F1 is then 50.9 instead of 50.2.
-# - Dropout is drawn once for each distinct word of a batch (of contextual vectors, for each token),
-#   and in coreference on g, which the antecedent scorer reads, not on the hidden units of scorers:
-#   fewer numbers to draw.
+# - Dropout is drawn once for each distinct word (of contextual vectors, for each token), and in
+#   coreference on g, which the antecedent scorer reads, not on hidden units: fewer numbers to draw.
 
-def other_layout(sharing, tree):
+def other_layout(sharing, tasks, tree):
     """inverted: the paper's tree upside down; flat, question: one stack of all encoders, every head
     reads its top; latent: the tree, but a head reads a learned mixture of all encoders, after the
     idea of Ruder et al. 2017, "Latent multi-task architecture learning"."""
-    tasks = list(tree)
     if sharing == "inverted":
         above = {task: [t for t in tasks if task in tree[t]] for task in reversed(tasks)}
         return above, {task: [task] for task in tasks}
@@ -699,10 +696,9 @@ def random_bytes(shape, device):
 
 @torch.no_grad()
 def new_lstm(width, units):
-    """torch starts all weights within +-1 / sqrt(units), biases too. Three layers later, tokens of
-    a sentence are 0.01 apart, and relations learn nothing for hundreds of steps. Glorot & Bengio
-    2010 for the input, orthogonal for the state, and an open forget gate (Jozefowicz et al. 2015)
-    keep them 0.1 apart."""
+    """torch starts all weights and biases within +-1 / sqrt(units): three layers later, tokens are
+    0.01 apart, and relations learn nothing for hundreds of steps; with Glorot & Bengio 2010 for the
+    input, orthogonal for the state, an open forget gate (Jozefowicz et al. 2015) 0.1 apart."""
     lstm = nn.LSTM(width, units, batch_first=True)
     for of_input, of_state in zip(lstm.weight_ih_l0.chunk(4), lstm.weight_hh_l0.chunk(4)):
         nn.init.xavier_uniform_(of_input)
@@ -719,10 +715,6 @@ def turned_around(mask):
     step = torch.arange(mask.shape[1], device=mask.device)
     row = torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1]
     return row + torch.where(mask, mask.sum(1, keepdim=True) - 1 - step, step)
-
-def take_rows(x, rows):
-    """(B, T, width) in another order: F.embedding's way back is faster than indexing's."""
-    return F.embedding(rows, x.flatten(0, 1))
 
 def run_in_groups(encoder, x, batch, size=8):
     """The encoder on sentences of like lengths together, if more than a third of a batch is
@@ -751,9 +743,6 @@ def viterbi(emissions, mask, start, transitions, end):
         tags.append(tag)
     return torch.from_numpy(np.stack(tags[::-1], 1))
 
-def sum_of(counts):
-    return [sum(column) for column in zip(*counts)]
-
 def count_confusions(head, predictions, batch):
     """Counter of (gold label, predicted label); empty for clusters."""
     if head.task.whole_documents:
@@ -778,22 +767,20 @@ def with_types(relations, spans):
     return [(*r, label_of.get(r[:2]), label_of.get(r[2:4])) for r in relations]
 
 def count_relations(predictions, batch, gold_relations):
-    """`last-token`, the paper's score, asks for the label and both arguments' last tokens;
-    `boundaries` for their spans, `strict` for their types too. Both come from the tagger: without
-    one there is only the first, without its annotation no `strict`."""
-    rows = {"last-token": [], "boundaries": [], "strict": []}
+    """`last-token`, the paper's score, asks for the label and both arguments' last tokens; with a
+    tagger `boundaries` asks for their spans and, if that is annotated, `strict` for their types."""
     tagger = argument_tagger(predictions)
     for i, gold in enumerate(gold_relations):
         pairs = predictions["rel"][i]
-        rows["last-token"].append(count_rows(pairs, [(r[1], r[3], r[4]) for r in gold]))
+        counts = {"last-token": count_rows(pairs, [(r[1], r[3], r[4]) for r in gold])}
         if tagger:
             spans, annotations = predictions[tagger][i], batch.documents[i].annotations
             found = with_spans(pairs, spans)
-            rows["boundaries"].append(count_rows(found, gold))
+            counts["boundaries"] = count_rows(found, gold)
             if tagger in annotations:
                 gold = with_types(gold, annotations[tagger][0])
-                rows["strict"].append(count_rows(with_types(found, spans), gold))
-    return {name: sum_of(counts) for name, counts in rows.items() if counts}
+                counts["strict"] = count_rows(with_types(found, spans), gold)
+        yield counts
 
 def span_ends(batch, longest):
     """(N, W): the last tokens of all spans, and which spans lie within a sentence."""
@@ -828,7 +815,7 @@ def annotate(model, documents, vocabulary):
     whole = [task for task in model.tasks.values() if task.whole_documents]
     by_sentence = [task for task in model.tasks.values() if not task.whole_documents]
     sentences = [words for document in documents for words in document.sentences if words]
-    of_sentences = iter([]) if whole else predict_sentences(model, sentences, vocabulary)
+    of_sentences = predict_sentences(model, sentences, vocabulary)
     for document in documents:
         rows = {task.annotation: [] for task in model.tasks.values()}
         if whole and len(document):
@@ -837,12 +824,11 @@ def annotate(model, documents, vocabulary):
             of_sentences = (dict(zip(predictions, row)) for row in zip(*predictions.values()))
         starts = accumulate(map(len, document.sentences), initial=0)
         for words, start in zip(document.sentences, starts):
-            here = next(of_sentences) if words and by_sentence else {}
+            here = next(of_sentences, {}) if words else {}
             for task in by_sentence:
                 rows[task.annotation].append([shifted(r, start) for r in here.get(task.name, [])])
-        if "offsets" in document.annotations:
-            rows["offsets"] = document.annotations["offsets"]
-        yield Document(document.key, document.sentences, rows)
+        kept = {k: x for k, x in document.annotations.items() if k == "offsets"}
+        yield Document(document.key, document.sentences, rows | kept)
 
 def predict_sentences(model, sentences, vocabulary, window=1024, size=32):
     """Yields {task: rows} for every sentence. Of a window, sentences of like lengths are read
@@ -858,8 +844,7 @@ def predict_sentences(model, sentences, vocabulary, window=1024, size=32):
         yield from found
 
 def predict_batch(model, documents, vocabulary):
-    """{task: rows of every sentence, or document}; relations with the spans of their arguments,
-    which are their last tokens if there is no tagger."""
+    """{task: rows of every sentence, or document}; relations with the spans of their arguments."""
     batch = make_batch(documents, vocabulary).to(model.device())
     predictions = model.predict(batch)
     if "rel" in predictions:

@@ -259,8 +259,7 @@ def one_line(message):
         raise InputError(f"{message}: {' '.join(found.split())[:200]}") from None
 
 def confusions(predicted, gold):
-    """Counter of (gold label, predicted label) at every place that either has, a place being a row
-    without its label; None for nothing."""
+    """Counter of (gold, predicted label) of every place, a row without label; None for nothing."""
     hits = {*predicted} & {*gold}
     pairs = Counter((row[-1], row[-1]) for row in hits)
     missed, extra = sorted({*gold} - hits), sorted({*predicted} - hits)
@@ -338,14 +337,12 @@ def cut_documents(documents, max_tokens):
     """Cuts between sentences: documents of max_tokens at most, or one sentence, and none empty."""
     parts, n_cut = [], 0
     for document in documents:
-        groups, size = [], math.inf                # the indices of the sentences of every part
-        for i in [i for i, words in enumerate(document.sentences) if words]:
-            size += len(document.sentences[i])
-            if size > max_tokens:
-                groups.append([])
-                size = len(document.sentences[i])
-            groups[-1].append(i)
+        groups = []                                # the indices of the sentences of every part
         starts = [*accumulate(map(len, document.sentences), initial=0)]
+        for i in [i for i, words in enumerate(document.sentences) if words]:
+            if not groups or starts[i + 1] - starts[groups[-1][0]] > max_tokens:
+                groups.append([])
+            groups[-1].append(i)
         parts += [part_of(document, kept, starts[kept[0]]) for kept in groups]
         n_cut += len(groups) > 1 and max_tokens > 1
     if n_cut:
@@ -353,9 +350,8 @@ def cut_documents(documents, max_tokens):
     return parts
 
 def part_of(document, kept, start):
-    """A document of the sentences with the indices `kept`, in which only empty ones are missing;
-    the first begins at token `start`. A cluster of which the cut leaves one mention is dropped; one
-    that had a single mention before stays."""
+    """A document of the sentences `kept` (indices; only empty ones are missing), the first at token
+    `start`. A cluster cut to one mention is dropped; one of a single mention stays."""
     part = Document(document.key, [document.sentences[i] for i in kept])
     end = start + len(part)
     for name, lists in document.annotations.items():
@@ -393,8 +389,7 @@ def read_documents(path, task):
 
 def read_annotated(path, annotation):
     """All documents of a file of JSON lines, or else of columns with tags of that annotation."""
-    is_json = suffix_of(path) in JSON_SUFFIXES
-    return read_json(path) if is_json else read_columns(path, annotation)
+    return read_json(path) if suffix_of(path) in JSON_SUFFIXES else read_columns(path, annotation)
 
 def suffix_of(path):
     return Path(str(path).lower().removesuffix(".gz")).suffix
@@ -420,10 +415,10 @@ def parse_document(line, where, key):
     """A Document from one line of JSON; `where` stands in errors, `key` is its default doc_key."""
     try:
         row = json.loads(line)
-        surrogates = re.findall("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))
+        json.dumps(row, ensure_ascii=False).encode()           # an error if no file can hold it
     except (ValueError, RecursionError) as error:
-        row, surrogates = f"other text ({error})", []
-    expect(isinstance(row, dict), where, "one JSON object a line", row)
+        row = f"other text ({error})"
+    expect(isinstance(row, dict), where, "one JSON object of valid characters a line", row)
     found = {t.annotation: row[t.annotation] for t in TASKS if row.get(t.annotation) is not None}
     document = Document(row.get("doc_key", key), row.get("sentences"), found)
     expect(isinstance(document.key, str), where, "a string as doc_key", document.key)
@@ -432,7 +427,6 @@ def parse_document(line, where, key):
         expect(lists, where, f"{name} as a list of lists", x)
     for x in chain(*document.sentences):
         expect(isinstance(x, str) and x.strip(), where, "every word to be a non-empty string", x)
-    expect(not surrogates, where, "valid characters, which a file can hold", surrogates)
     ends = np.cumsum([0, *map(len, document.sentences)]).tolist()
     for name, lists in found.items():
         here, types = f"{where}, {name}", ROW_TYPES.get(name, "int, int, str")
@@ -540,8 +534,7 @@ class ContextualVectors:
         return torch.cat([found[words] for words in keys], 1)
 
     def compute(self, sentences, show=lambda done: None):
-        """{sentence: tensor} of tuples of words. The function gets lists of words, 32 sentences of
-        like lengths at a time."""
+        """{tuple of words: tensor}. The function gets 32 sentences of like lengths at a time."""
         where, found = f"{self.path}: features()", {}
         sentences = sorted({*sentences})
         for indices in by_length([len(words) for words in sentences], 32):
@@ -687,15 +680,13 @@ WORD = re.compile(
     r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
 # The first alternative passes over what ends no sentence; group 1 begins the next.
 SENTENCE_END = re.compile(
-    r"(?:" + ABBREVIATION + r"|\.{2,}|…)"
-    r"(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
+    r"(?:" + ABBREVIATION + r"|\.{2,}|…)(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
     r"|(?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))")
-# The built-in corpus: invented news. A name is a random stem and an ending. Most endings tell the
-# type, so a test name can be classified though never seen; AMBIGUOUS ones only by the sentence. "P
-# of X" is a job if X is an organisation, a home if it is a place: to find the relation the model
-# must know the type, which the few relation examples cannot teach it. "P left O for N" relates P to
-# N alone. Relations hold between names. Pronouns and nominals refer to the only entity of their
-# type and gender in the sentence before.
+# The built-in corpus: invented news. A name is a stem and an ending. Most endings tell the type, so
+# a new name can be classified; AMBIGUOUS names only by the sentence. "P of X" is a job if X is an
+# organisation, a home if it is a place: the model must know the type, which a few relations cannot
+# teach it. "P left O for N" relates P to N alone. Relations hold between names. Pronouns and
+# nominals refer to the only entity of their type and gender in the sentence before.
 STEMS = """ab al an ar bal bel ber bor bran cal car cor dal dan del dor dun el er fal fen for gal
  gar gor hal har hol il jan jor kal kel kir kor lam len lin lor mal mar mel mor nal nar nel nor ol
  or pal pel por ral ran rel ros sal sar sel sor tal tar tel tor ul val ver vil vor wal wen wil yar

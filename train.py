@@ -191,8 +191,7 @@ class MultiTaskTrainer:
         return [sign * row["dev"][task.name][task.validation_metric_name] for row in self.history]
 
     def mean_scores(self):
-        scores = [self.dev_scores(task) for task in self.tasks]
-        return [sum(row) / len(row) for row in zip(*scores)]
+        return [sum(row) / len(row) for row in zip(*map(self.dev_scores, self.tasks))]
 
     def finished(self):
         waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks]
@@ -249,9 +248,8 @@ def weighted_share(documents):
     return own or documents[:1], len(own) / len(documents)
 
 def add_up(loss, model):
-    """The loss, and in place every p.grad, becomes its sum over the processes. One vector takes
-    less time than torch's DistributedDataParallel: two processes with batches of 32 then train on
-    1.6 times the sentences a second of one process with batches of 16, instead of 1.5 times."""
+    """The loss, and in place every p.grad, becomes its sum over the processes. With one vector two
+    of them read 1.6 times the sentences of one, with torch's DistributedDataParallel 1.5 times."""
     values = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     if dist.is_initialized():
         added = nn.utils.parameters_to_vector(values)
@@ -272,8 +270,7 @@ def add_up_processes(metric):
     for counts, _ in shares:
         metric.add(counts)
 
-# The files of a run: the log, the checkpoint, then best weights. After a kill, --resume writes the
-# others again from the checkpoint.
+# A run's files: log, checkpoint, best weights. --resume writes the others from the checkpoint.
 def checksums(tasks):
     """{task: {split: checksum of its documents}}."""
     return {task.name: {split: sha256(repr([(d.sentences, d.annotations) for d in x]).encode())
@@ -310,8 +307,8 @@ def save_run(trainer):
     log = "".join(json.dumps(row) + "\n" for row in trainer.history)
     write(trainer.folder / "log.jsonl", log)
     write(trainer.folder / "checkpoint.pt", {
-        **trained(trainer), "data": trainer.checksums, "steps": trainer.steps,
-        "history": trainer.history,
+        **trained(trainer),
+        "data": trainer.checksums, "steps": trainer.steps, "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
     for name, values in watched(trainer).items():
@@ -327,11 +324,10 @@ def restore_run(trainer, checkpoint):
     for name, optimizer in trainer.optimizers.items():
         optimizer.load_state_dict(checkpoint[f"optimizer {name}"])
         trainer.lr_schedulers[name].load_state_dict(checkpoint[f"lr_scheduler {name}"])
-        for parameter, state in optimizer.state.items():       # a wrong shape corrupts memory
+        for p, state in optimizer.state.items():               # a wrong shape corrupts memory
             shapes = [tuple(state[key].shape) for key in ("step", "exp_avg", "exp_avg_sq")]
-            good = state["step"].is_floating_point()
-            expect(good and shapes == [(), parameter.shape, parameter.shape],
-                   f"optimizer {name}", f"a state of {tuple(parameter.shape)}", str(shapes))
+            expect(state["step"].is_floating_point() and shapes == [(), p.shape, p.shape],
+                   f"optimizer {name}", f"a state of {tuple(p.shape)}", str(shapes))
     trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
     trainer.history = checkpoint["history"]
     done = len(trainer.history)
@@ -518,24 +514,19 @@ def print_examples(trainer):
         for gold in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
             found = next(annotate(trainer.model, [gold], trainer.vocabulary))
             if task.name == "rel" and not argument_tagger(trainer.model.tasks):
-                gold = last_tokens(gold)                 # all that can be found without a tagger
+                rows = gold.annotations["relations"][0]      # without a tagger, only last tokens
+                rows = [(i, i, j, j, label) for _, i, _, j, label in rows]
+                gold = Document(gold.key, gold.sentences, {"relations": [rows]})
             found, gold = annotated_lines(found, names), annotated_lines(gold, names)
             versions = {"right": gold} if found == gold else {"wrong": found, "gold": gold}
             for mark, lines in versions.items():
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
-
-def last_tokens(document):
-    """The document with the last tokens of its relations' arguments."""
-    lists = [[(i, i, j, j, label) for _, i, _, j, label in rows]
-             for rows in document.annotations["relations"]]
-    return Document(document.key, document.sentences, {"relations": lists})
 
 def annotated_lines(document, names):
     """The sentences with [bracketed LABEL] spans, #n for the clusters they are in; below each its
     relations, and spans that cross a bracketed one. names: the annotations to show."""
     words = [word for sentence in document.sentences for word in sentence]
     labels, notes = {}, [[] for _ in words]              # notes: below the sentence of the token
-
     def text(start, end):
         return " ".join(words[start:end + 1])
     for name in names:
@@ -558,12 +549,11 @@ def annotated_lines(document, names):
             closed[end] = f" {label}]" + closed[end]
         else:
             notes[start].append(f"    {text(start, end)} {label}")
-    lines, start = [], 0
+    lines, numbers = [], count()
     for sentence in document.sentences:
-        tokens = range(start, start + len(sentence))
+        tokens = [next(numbers) for _ in sentence]
         lines.append(" ".join("[" * opened[t] + words[t] + closed[t] for t in tokens))
         lines += chain.from_iterable(notes[t] for t in tokens)
-        start += len(sentence)
     return [visible(line) for line in lines]
 
 # A model from settings.
@@ -609,7 +599,7 @@ def keep_features(contextual, tasks):
 
 def load_run(folder, device="cpu", state=None, features=""):
     """(model, vocabulary) of a run, to predict with; or of the state of a checkpoint."""
-    state, words, vectors = state or load(Path(folder, "best.pt")), [], None
+    state, more, vectors = state or load(Path(folder, "best.pt")), [], None
     with one_line(f"{folder}: expected checkpoints of train.py"):
         settings = Settings(**state["settings"])
         expect(HIERARCHY.keys() >= {*settings.tasks}, folder, "the script that defines its tasks",
@@ -617,13 +607,12 @@ def load_run(folder, device="cpu", state=None, features=""):
         check_settings(settings)
         if settings.vectors:                             # they are stored apart, once
             stored = load(Path(folder, "vectors.pt"))
-            words = stored["words"].split("\n")[:-1]
-            vectors = words, stored["vectors"]
+            more = stored["words"].split("\n")[:-1]
+            vectors = more, stored["vectors"]
         shape = tuple(state["vocabulary"]["contextual"])
         expect(any(shape) or not features, "--features", "none, as in the run", features)
         contextual = ContextualVectors(features, shape)
-        vocabulary = Vocabulary(**state["vocabulary"] | {"contextual": contextual},
-                                more_words=words)
+        vocabulary = Vocabulary(**state["vocabulary"] | {"contextual": contextual}, more_words=more)
         model = HMTL(choose_tasks(settings.tasks), state["labels"], vocabulary, settings, vectors)
         model.load_state_dict(state["model"])
     return model.to(device).eval(), vocabulary
@@ -649,9 +638,8 @@ def device_of(name):
         torch.zeros(1, device=name).tolist()             # an error if there is no such device
     return torch.device(name)
 
-def predict(folder, paths, form, device, features):
-    """Prints the documents at the paths with all that best.pt finds."""
-    model, vocabulary = load_run(folder, device, features=features)
+def predict(model, vocabulary, paths, form):
+    """Prints the documents at the paths with all that the model finds."""
     keys = [task.annotation for task in model.tasks.values()]
     tagged = [key for key, head in zip(keys, model.heads.values())
               if isinstance(head, (Tagger, SpanQuestions))]
@@ -690,14 +678,12 @@ def column_lines(versions, key):
         lines += [visible(" ".join("_".join(x.split()) for x in row)) for row in rows] + [""]
     return lines
 
-def print_evaluation(folder, path, device, features):
-    """The scores of best.pt on a file, or on the test file of a folder."""
-    model, vocabulary = load_run(folder, device, features=features)
+def print_evaluation(model, vocabulary, path):
+    """The scores on a file, or on the test file of a folder."""
     path = file_of(path, "test") if Path(path).is_dir() else Path(path)
-    annotated = [(task, read_documents(path, task)) for task in model.tasks.values()]
+    annotated = [(task, task.parts(read_documents(path, task))) for task in model.tasks.values()]
     expect(any(rows for _, rows in annotated), path, "the key of a task of the run", "none")
     for task, documents in annotated:
-        documents = task.parts(documents)
         if documents:
             unit = "documents" if task.whole_documents else "sentences"
             print(f"\n{task.name}: {path}, {len(documents)} {unit}")
@@ -737,8 +723,7 @@ def check_settings(settings):
         expect(isinstance(value, kinds), flag, f"a value of type {f.type.__name__}", shown(value))
         if f.name in CHOICES:
             chosen, choices = {*value} if f.type is tuple else {value}, CHOICES[f.name]
-            good = chosen and chosen <= {*choices}
-            expect(good, flag, f"one of {', '.join(choices)}", shown(value))
+            expect(set() < chosen <= {*choices}, flag, f"one of {', '.join(choices)}", shown(value))
         elif f.name.endswith("encoder"):
             good = value == f.default or re.fullmatch(r"[1-9]\d?x[1-9]\d{,4}", value)
             expect(good, flag, "LAYERSxUNITS, as in 2x64", shown(value))
@@ -777,8 +762,7 @@ def parse(arguments):
         add(FLAGS[f.name], default=argparse.SUPPRESS, choices=CHOICES.get(f.name), **kind,
             help=f"{helps[f.name]} (default: {shown(f.default)})")
     given = vars(parser.parse_args(arguments))
-    names = ("run", "resume", "predict", "evaluate", "features", "form")
-    other = [given.pop(name) for name in names]
+    other = [given.pop(k) for k in ("run", "resume", "predict", "evaluate", "features", "form")]
     if "tasks" in given:                                       # in the order of the hierarchy
         given["tasks"] = [task.name for task in choose_tasks(given["tasks"])]
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
@@ -797,11 +781,11 @@ def main(arguments=None):
                "--device, --threads or no setting", " ".join(given))
         expect("RANK" not in os.environ, "--predict and --evaluate", "one process", "torchrun")
         torch.set_num_threads(given.get("threads", Settings.threads))
-        device = device_of(given.get("device"))
+        model, vocabulary = load_run(folder, device_of(given.get("device")), features=features)
         if paths:
-            predict(folder, paths, form, device, features)
+            predict(model, vocabulary, paths, form)
         if annotated:
-            print_evaluation(folder, annotated, device, features)
+            print_evaluation(model, vocabulary, annotated)
     elif resume:
         expect((folder / "checkpoint.pt").exists(), folder, "a run", "no checkpoint.pt")
         with locked(folder):                                   # before its state is read
@@ -845,8 +829,7 @@ def run(settings, folder, checkpoint=None, features=""):
             print_examples(trainer)
     except KeyboardInterrupt:
         again = [] if "--resume" in sys.argv else ["--run", str(folder), "--resume"]
-        again = shlex.join([*sys.argv, *again])
-        raise Stopped(f"stopped; go on with: python {again}") from None
+        raise Stopped(f"stopped; go on with: python {shlex.join([*sys.argv, *again])}") from None
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
