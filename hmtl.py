@@ -42,10 +42,10 @@ class Settings:
     char_filters: int = 64             # filters of the char CNN, each over three characters
     contextual_dim: int = 200          # width to which --features are projected; 0: they are not
     encoder: str = "1x200"             # BiLSTM of every task: layers x units per direction
-    ner_encoder: str = ""              # the BiLSTM of this task, if not --encoder
-    emd_encoder: str = ""              # the same
-    rel_encoder: str = ""              # the same
-    coref_encoder: str = ""            # the same
+    ner_encoder: str = ""              # the BiLSTM of ner, if not --encoder
+    emd_encoder: str = ""              # that of emd, likewise
+    rel_encoder: str = ""              # that of rel, likewise
+    coref_encoder: str = ""            # that of coref, likewise
     dropout: float = 0.5               # on the embedder, every LSTM layer and span representations
     rare: int = 1                      # a word in at most this many training documents is rare
     unknown: float = 0.5               # probability that a rare word is made unknown in training
@@ -55,7 +55,7 @@ class Settings:
     spans_per_token: float = 0.4       # kept coreference spans per token
     antecedents: int = 70              # nearest kept spans that are scored
     max_tokens: int = 4000             # longer training documents of coreference are cut
-    sharing: str = "hierarchical"      # which encoders a head reads: see `layout` in hmtl.py
+    sharing: str = "hierarchical"      # what encoders and heads read: `other_layout` in hmtl.py
     # training
     batch_size: int = 16               # sentences in a batch; coreference takes one document
     lr: float = 2e-3                   # learning rate of every task's Adam
@@ -66,7 +66,7 @@ class Settings:
     patience: int = 20                 # training ends when no task improved in this many epochs
     lr_patience: int = 4               # after more epochs without a best, a task's rate is halved
     seed: int = 0                      # everything random in training follows from it
-    threads: int = 1                   # of the CPU; beside a busy program more are far slower
+    threads: int = 1                   # more than 1 is far slower beside a busy program
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
 # ---------------------------------------------------------------------------------- the hierarchy
@@ -107,7 +107,7 @@ class LayerMixture(nn.Module):
             nn.init.xavier_uniform_(self.project.weight)
 
     def forward(self, layers):
-        """(L, N, F) -> (N, width)."""
+        """(L, N, F) -> (N, self.width)."""
         mixed = torch.tensordot(self.gamma * self.weights.softmax(0), layers.float(), 1)
         return self.project(mixed)
 
@@ -158,18 +158,18 @@ class Encoder(nn.Module):
     within its own length, so both meet the padding last, where nothing depends on it.
     """
 
-    def __init__(self, width, shape, rate):
+    def __init__(self, input_width, shape, rate):
         super().__init__()
         n_layers, units = map(int, shape.split("x"))              # such as 2x64, per direction
         self.rate = rate                                          # of dropout
-        self.width = 2 * units
-        widths = [width] + [self.width] * (n_layers - 1)
+        self.width = 2 * units                                    # of the output
+        widths = [input_width] + [self.width] * (n_layers - 1)
         self.forwards = nn.ModuleList(new_lstm(w, units) for w in widths)
         self.backwards = nn.ModuleList(new_lstm(w, units) for w in widths)
 
     def forward(self, x, mask):
-        """(B, T, width), (B, T) -> (B, T, D), zero on padding."""
-        turned = turned_around(mask)               # (B, T): its mirror image's row in (B * T, ...)
+        """(B, T, input_width), (B, T) -> (B, T, D), zero on padding."""
+        turned = turned_around(mask)      # (B, T): each token's mirror image, a row in (B * T, ...)
         for forwards, backwards in zip(self.forwards, self.backwards):
             ahead, _ = forwards(x)                                               # (B, T, D / 2)
             back, _ = backwards(F.embedding(turned, x.flatten(0, 1)))   # faster than indexing
@@ -232,7 +232,7 @@ class CRF(nn.Module):
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
         forbidden = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode, not in Z
+        self.register_buffer("forbidden", forbidden, persistent=False)   # in decode alone
 
     def loss(self, emissions, tags, mask):
         """(B, T, K), (B, T), (B, T) -> (B,)."""
@@ -302,7 +302,7 @@ class Tagger(Head):
 class RelationHead(Head):
     """Multi-head selection (Bekoulis et al. 2018). For every pair of tokens i, j and all labels
 
-        P(i, j) = sigmoid(V relu(U h_i + W h_j + b) + c),
+        P(i, j) = sigmoid(V relu(U x_i + W x_j + b) + c),
 
     where i and j are the last tokens of the arguments, and U, W, V are first, second, label.
     """
@@ -402,7 +402,7 @@ class CorefHead(Head):
         """- sum over kept spans i of log P(i picks one of its correct antecedents)."""
         gold = gold_clusters(batch, self.gold(batch)[0], self.settings.max_span)  # (N, W)
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch, gold)
-        scores = self.antecedent_scores(mention_scores, g)                       # (S, A + 1)
+        scores = self.antecedent_scores(mention_scores, g)               # (S, min(A, S) + 1)
         # Column d is the span d places back, column 0 no antecedent. Correct: all antecedents of
         # the span's gold cluster; without one, column 0.
         cluster = gold[first, last - first]                                      # (S,)
@@ -460,14 +460,14 @@ class CorefHead(Head):
         return scores.softmax(2)
 
     def antecedent_scores(self, mention_scores, g):
-        """s, (S, at most A + 1): column d holds the span d places back, column 0 none. All pairs
+        """s, (S, min(A, S) + 1): column d holds the span d places back, column 0 none. All pairs
         that are d apart are two slices, so nothing needs to be gathered."""
         of_span, of_antecedent, of_product, of_distance = self.pair.parts
         span, antecedent = of_span(g), of_antecedent(g)                          # (S, H)
         distance = of_distance(self.distance.weight)                             # (buckets, H)
         narrow = self.narrow(g)                                                  # (S, H)
         columns = [torch.zeros_like(mention_scores)]
-        # d = S has no pair: where there is a single span it still gives every weight a gradient.
+        # d = S (if A >= S) has no pair; it gives every weight a gradient even with a single span.
         for d in range(1, min(self.settings.antecedents, len(g)) + 1):
             bucket = sum(d >= edge for edge in self.BUCKETS)
             hidden = span[d:] + antecedent[:-d] + distance[bucket]               # (S - d, H)
@@ -603,7 +603,7 @@ class QuestionHead(RelationHead):
     """One head for names, mentions and relations, after McCann et al. 2018: every label is a
     question, such as "rel Works For", every answer a pair of tokens. With its embedded words e
 
-        P(i, j, question) = sigmoid(q relu(U h_i + W h_j + b) + c),    [q; c] = Q mean(e) + d.
+        P(i, j, question) = sigmoid(q relu(U x_i + W x_j + b) + c),    [q; c] = Q mean(e) + d.
 
     All tasks and labels share U, W, b and Q, d: `share_answers` hands them out, as `first`,
     `second` and `reader`, and `asked`, the batch of the questions. A relation's answer is

@@ -65,7 +65,7 @@ class Task:
     whole_documents: bool = False
     builtin_size: int = 60                                 # training documents, built-in corpus
     data: dict = field(default_factory=dict, init=False)   # "train", "dev", "test" -> documents
-    order: dict = field(default_factory=dict, init=False)  # see `batch_order`
+    order: dict = field(default_factory=dict, init=False)  # cache of `batch_order`
 
     def load_data(self, folder=None, max_tokens=sys.maxsize):
         """Reads train, dev and test from a folder, or makes them: all documents that carry its
@@ -128,9 +128,9 @@ TASKS = [Task("ner", "ner", "f1", builtin_size=300),          # in the order of 
 class Vocabulary:
     """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
 
-    words: padding and unknown, those of the training documents, those that only the vector file
-    has. counts: in how many training documents each of the first is, inf for these two; no others.
-    contextual: `ContextualVectors`, what a frozen encoder of the user's makes of whole sentences.
+    words: padding, unknown, those of the training documents, then those only in the vector file.
+    counts: of all but the last kind, in how many training documents a word is; inf for padding and
+    unknown. contextual: `ContextualVectors`, a frozen encoder's output for whole sentences.
     """
     LONGEST = 40     # characters of a word that are read: a web address says little after that
 
@@ -166,9 +166,9 @@ class Batch:
     """
     documents: list
     lengths: list             # B sentence lengths
-    tokens: torch.Tensor      # (B, T) which distinct word it is; 0 is padding
+    tokens: torch.Tensor      # (B, T) index into `words`, not a vocabulary id; 0 is padding
     mask: torch.Tensor        # (B, T) True on tokens, False on padding
-    words: torch.Tensor       # (U,) the distinct words' ids in the vocabulary; word 0 is padding
+    words: torch.Tensor       # (U,) vocabulary ids of the distinct spellings, embedded once each
     chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and after words
     n_chars: torch.Tensor     # (U,) how many characters each has
     contextual: torch.Tensor  # (L, N, F) contextual vectors, L layers of width F; empty if none

@@ -947,6 +947,10 @@ class TrainingTest(unittest.TestCase):
         self.assertEqual(train.best_epoch(trainer.dev_scores(ner)), 1)
         self.assertEqual(trainer.dev_scores(emd), [2.0, 3.0, 1.0])
         self.assertEqual(trainer.mean_scores(), [-0.5, 1.0, -0.5])
+        trainer.started, trainer.n_epochs = 0.0, 3
+        with contextlib.redirect_stdout(io.StringIO()) as screen:
+            train.print_epoch(trainer)
+        self.assertIn("ner   2.0 ", screen.getvalue())            # not negated
 
     def test_every_batch_of_a_pass_once_and_alike_in_length(self):
         task = tiny_tasks(("ner",), n=50)[0]

@@ -116,7 +116,7 @@ class MultiTaskTrainer:
         self.shared = shared_parameters(model)
         self.anchor = None            # if "successive": these at the end of the task before
         self.steps = {task.name: 0 for task in tasks}
-        self.history = []             # a dict per epoch, as in log.jsonl: who is best, when to stop
+        self.history = []             # a dict per epoch, as in log.jsonl: best and stop follow
         self.checksums = checksums(tasks)
 
     def train(self, n_epochs):
@@ -134,13 +134,14 @@ class MultiTaskTrainer:
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
         rng = np.random.default_rng([self.settings.seed, epoch])
-        torch.manual_seed(int(rng.integers(2 ** 63)) + processes()[0])     # each its own dropout
+        rank, _ = processes()                             # every process has its own dropout
+        torch.manual_seed(int(rng.integers(2 ** 63)) + rank)
         n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
         plan = plan_epoch(self.settings.schedule, n_batches, rng)
         losses = {}
         self.model.train()
-        for step, (before, index) in enumerate(zip([None, *plan], plan), 1):
-            if self.settings.schedule == "successive" and index != before:
+        for step, (previous, index) in enumerate(zip([None, *plan], plan), 1):
+            if self.settings.schedule == "successive" and index != previous:
                 set_anchor(self)
             task = self.tasks[index]
             loss = self.train_step(task)
@@ -348,7 +349,8 @@ def write_results(trainer):
         pairs = model.metrics[task.name].confusions      # of test, which was scored last
         tasks[task.name] = {
             "steps": steps, "passes": steps / task.n_batches(trainer.settings.batch_size),
-            "best_epoch": best_epoch(scores) + 1, "best_dev": max(scores), "last_dev": scores[-1],
+            "best_epoch": best_epoch(scores) + 1, "best_dev": abs(max(scores)),
+            "last_dev": abs(scores[-1]),                   # without the sign of `dev_scores`
             "own_best": own_best, "labels": label_scores(pairs),
             "confusions": [[*pair, n] for pair, n in label_errors(pairs)],
             "one_model": final_scores(trainer, task, "best.pt")}
@@ -444,7 +446,7 @@ def print_epoch(trainer):
     for task in trainer.tasks:
         scores = trainer.dev_scores(task)
         star = " " if epochs_waited(scores) else "*"
-        cell = f"{scores[-1]:5.1f}{star}" if any(scores) else "none yet"
+        cell = f"{abs(scores[-1]):5.1f}{star}" if any(scores) else "none yet"
         line += f"  {task.name} {cell:8s}"
     if n == 1 < trainer.n_epochs:
         line += f"  at most {seconds * (trainer.n_epochs - 1):.0f} s to go"
