@@ -66,7 +66,7 @@ class Settings:
     patience: int = 20                 # training ends when no task improved in this many epochs
     lr_patience: int = 4               # after more epochs without a best, a task's rate is halved
     seed: int = 0                      # everything random in training follows from it
-    threads: int = 1                   # more than 1 is far slower beside a busy program
+    threads: int = 1                   # of the CPU; more than 1 is far slower beside a busy program
     device: str = ""                   # such as cpu or cuda:1; none: a GPU where there is one
 
 # ---------------------------------------------------------------------------------- the hierarchy
@@ -95,7 +95,7 @@ def dropout(x, rate, training, mask=1.0):
 
 class LayerMixture(nn.Module):
     """What ELMo does with the layers h_l of a frozen contextual encoder (Peters et al. 2018,
-    section 3): gamma sum_l softmax(w)_l h_l; here projected to another width, or not (0)."""
+    section 3): gamma sum_l softmax(w)_l h_l; here projected to the width `projected`, if not 0."""
 
     def __init__(self, n_layers, width, projected):
         super().__init__()
@@ -129,7 +129,7 @@ class Embedder(nn.Module):
     def forward(self, batch):
         """Batch -> (B, T, E), zero on padding."""
         of_words = dropout(self.word_features(batch), self.rate, self.training)
-        x = F.embedding(batch.tokens, of_words)       # every token its word's, (B, T, word_width)
+        x = F.embedding(batch.tokens, of_words)       # its word's features, (B, T, word_width)
         if self.mixture:
             mixed = dropout(self.mixture(batch.contextual), self.rate, self.training)
             contextual = x.new_zeros(*batch.mask.shape, self.mixture.width)
@@ -205,7 +205,7 @@ class Head(nn.Module):
         return rows if self.task.whole_documents else [sentences[0] for sentences in rows]
 
     def count(self, predictions, batch):
-        """Of every document {score: the four numbers of `Scores`}. predictions: {task: decoded}."""
+        """Yields {score: four numbers of `Scores`} of every document. predictions: {task: rows}."""
         for predicted, gold in zip(predictions[self.task.name], self.gold(batch)):
             yield {name: score(predicted, gold) for name, score in self.scores.items()}
 
@@ -344,7 +344,7 @@ class RelationHead(Head):
         return [[(i, j, self.labels[r]) for i, j, r in rows] for rows in found]
 
     def count(self, predictions, batch):
-        return count_relations(predictions, batch, self.gold(batch))     # last-token, ...
+        return count_relations(predictions, batch, self.gold(batch))     # below the banner
 
     def target(self, rows):
         return [(i, j, label) for _, i, _, j, label in rows]
@@ -697,8 +697,9 @@ def random_bytes(shape, device):
 @torch.no_grad()
 def new_lstm(width, units):
     """torch starts all weights and biases within +-1 / sqrt(units): three layers later, tokens are
-    0.01 apart, and relations learn nothing for hundreds of steps; with Glorot & Bengio 2010 for the
-    input, orthogonal for the state, an open forget gate (Jozefowicz et al. 2015) 0.1 apart."""
+    0.01 apart, and relations learn nothing for hundreds of steps. With Glorot & Bengio 2010 for the
+    input, orthogonal weights for the state and an open forget gate (Jozefowicz et al. 2015), they
+    are 0.1 apart."""
     lstm = nn.LSTM(width, units, batch_first=True)
     for of_input, of_state in zip(lstm.weight_ih_l0.chunk(4), lstm.weight_hh_l0.chunk(4)):
         nn.init.xavier_uniform_(of_input)
@@ -767,8 +768,9 @@ def with_types(relations, spans):
     return [(*r, label_of.get(r[:2]), label_of.get(r[2:4])) for r in relations]
 
 def count_relations(predictions, batch, gold_relations):
-    """`last-token`, the paper's score, asks for the label and both arguments' last tokens; with a
-    tagger `boundaries` asks for their spans and, if that is annotated, `strict` for their types."""
+    """`last-token`, the paper's score, asks for the label and both arguments' last tokens. With a
+    tagger, `boundaries` asks for their spans, and `strict` for their types too; `strict` needs the
+    tagger's annotation."""
     tagger = argument_tagger(predictions)
     for i, gold in enumerate(gold_relations):
         pairs = predictions["rel"][i]
@@ -824,7 +826,7 @@ def annotate(model, documents, vocabulary):
             of_sentences = (dict(zip(predictions, row)) for row in zip(*predictions.values()))
         starts = accumulate(map(len, document.sentences), initial=0)
         for words, start in zip(document.sentences, starts):
-            here = next(of_sentences, {}) if words else {}
+            here = next(of_sentences) if words and by_sentence else {}
             for task in by_sentence:
                 rows[task.annotation].append([shifted(r, start) for r in here.get(task.name, [])])
         kept = {k: x for k, x in document.annotations.items() if k == "offsets"}

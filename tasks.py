@@ -80,7 +80,7 @@ class Task:
         return cut_documents(documents, max_tokens if self.whole_documents else 1)
 
     def labels(self, split="train"):
-        """The labels of the training documents, sorted; coreference has none."""
+        """The labels of the documents of a split, sorted; coreference has none."""
         if self.whole_documents:
             return []
         sentences = [d.annotations[self.annotation][0] for d in self.data[split]]    # one each
@@ -206,7 +206,7 @@ class Scores:
         """mean: the name of the mean of all F1, if it is a score of its own."""
         self.mean = mean
         self.sums = {}
-        self.confusions = Counter()      # of (gold label, predicted label), None for no row
+        self.confusions = Counter()      # of (gold label, predicted label); None: no row
 
     def add(self, counts):
         """counts: {score name: four numbers}."""
@@ -259,7 +259,8 @@ def one_line(message):
         raise InputError(f"{message}: {' '.join(found.split())[:200]}") from None
 
 def confusions(predicted, gold):
-    """Counter of (gold, predicted label) of every place, a row without label; None for nothing."""
+    """Counter of (gold label, predicted label) at every place that either has. A place is a row
+    without its label; None stands for no row there."""
     hits = {*predicted} & {*gold}
     pairs = Counter((row[-1], row[-1]) for row in hits)
     missed, extra = sorted({*gold} - hits), sorted({*predicted} - hits)
@@ -350,8 +351,9 @@ def cut_documents(documents, max_tokens):
     return parts
 
 def part_of(document, kept, start):
-    """A document of the sentences `kept` (indices; only empty ones are missing), the first at token
-    `start`. A cluster cut to one mention is dropped; one of a single mention stays."""
+    """A document of the sentences with the indices `kept`, in which only empty ones are missing;
+    the first begins at token `start`. A cluster of which the cut leaves one mention is dropped; one
+    that had a single mention before stays."""
     part = Document(document.key, [document.sentences[i] for i in kept])
     end = start + len(part)
     for name, lists in document.annotations.items():
@@ -438,7 +440,7 @@ def parse_document(line, where, key):
             expect(shape == types and all(low <= a <= b < high for a, b in zip(x[::2], x[1::2])),
                    here, f"[{types}] with {low} <= start <= end < {high}", x)
             expect(str(x[-1]).strip(), here, "a label with characters", x)
-        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # and in the document
+        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # of `document` too
     clusters = found.get("clusters", [])
     expect(all(clusters), f"{where}, clusters", "clusters with spans, none empty", clusters)
     for span, n in Counter(chain(*clusters)).items():
@@ -451,7 +453,7 @@ def read_columns(path, annotation):
     for n, line in enumerate([*read_lines(path), ""], 1):
         line, where = line.strip(" \t\r\n"), f"{path}, line {n}"
         if line and not line.startswith("-DOCSTART-"):
-            columns = re.split("\t+" if "\t" in line else " +", line)     # only at these
+            columns = re.split("\t+" if "\t" in line else " +", line)   # words hold others
             expect(len(columns) > 1 and columns[0].strip(), where, "a word and a tag", line)
             expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", columns[-1]), where,
                    "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
@@ -589,7 +591,7 @@ def line_ends(text):
 
 def cut_sentences(document, where, longest=300):
     """The document with its sentences cut to `longest` words, as relations need memory for every
-    pair of tokens; if any is cut, without its annotations, the gold column of --columns too."""
+    pair of tokens. A cut document loses its annotations, so --columns has no gold for it."""
     if max(map(len, document.sentences), default=0) <= longest:
         return document
     print(f"{where}: cut: a sentence of more than {longest} words", file=sys.stderr)
@@ -678,7 +680,7 @@ WORD = re.compile(
     r"(?:https?://|www\.)\S*[\w/]|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+|" + ABBREVIATION
     + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
     r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
-# The first alternative passes over what ends no sentence; group 1 begins the next.
+# The first alternative passes over what ends no sentence; group 1 is the next's first character.
 SENTENCE_END = re.compile(
     r"(?:" + ABBREVIATION + r"|\.{2,}|…)(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
     r"|(?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))")

@@ -2209,7 +2209,8 @@ class CommandLineTest(FolderTest):
     def test_what_goes_on_after_an_interruption(self):
         line = "--tasks ner --encoder 1x8 --run 'a b'"
         with mock.patch("train.MultiTaskTrainer.train", side_effect=KeyboardInterrupt):
-            for given, again in [(line, f"{line} --run 'a b' --resume"), *[(f"{line} --resume",) * 2]]:
+            for given, again in [(line, f"{line} --run 'a b' --resume"),
+                                 (f"{line} --resume", f"{line} --resume")]:
                 with mock.patch("sys.argv", ["train.py", *shlex.split(given)]):
                     with self.assertRaisesRegex(train.Stopped, f"go on with: python train.py {again}$"):
                         self.output(line)

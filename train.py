@@ -41,10 +41,10 @@ from torch import nn, optim
 
 from hmtl import (HIERARCHY, HMTL, QuestionHead, Settings, SpanQuestions, Tagger, annotate,
                   argument_tagger)
-from tasks import (ContextualVectors, Document, InputError, Vocabulary, choose_tasks, cut_documents,
-                   cut_sentences, expect, file_of, label_errors, label_scores, make_batch, one_line,
-                   outermost, read_annotated, read_documents, read_text, read_vectors, suffix_of,
-                   tags_of, to_json)
+from tasks import (JSON_SUFFIXES, ContextualVectors, Document, InputError, Vocabulary, choose_tasks,
+                   cut_documents, cut_sentences, expect, file_of, label_errors, label_scores,
+                   make_batch, one_line, outermost, read_annotated, read_documents, read_text,
+                   read_vectors, suffix_of, tags_of, to_json)
 
 # ------------------------------------------------------------------------------- which task next
 
@@ -249,8 +249,9 @@ def weighted_share(documents):
     return own or documents[:1], len(own) / len(documents)
 
 def add_up(loss, model):
-    """The loss, and in place every p.grad, becomes its sum over the processes. With one vector two
-    of them read 1.6 times the sentences of one, with torch's DistributedDataParallel 1.5 times."""
+    """The loss, and in place every p.grad, becomes its sum over the processes. With one vector, two
+    processes with batches of 32 read 1.6 times the sentences a second of one with batches of 16,
+    with torch's DistributedDataParallel 1.5 times."""
     values = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     if dist.is_initialized():
         added = nn.utils.parameters_to_vector(values)
@@ -271,7 +272,8 @@ def add_up_processes(metric):
     for counts, _ in shares:
         metric.add(counts)
 
-# A run's files: log, checkpoint, best weights. --resume writes the others from the checkpoint.
+# The files of a run, in the order of writing: log, checkpoint, best weights. After a kill, --resume
+# writes log and best weights again, from the checkpoint.
 def checksums(tasks):
     """{task: {split: checksum of its documents}}."""
     return {task.name: {split: sha256(repr([(d.sentences, d.annotations) for d in x]).encode())
@@ -279,7 +281,6 @@ def checksums(tasks):
 
 def start_run(trainer):
     """Writes what the first epoch needs to be resumed."""
-    trainer.folder.mkdir(parents=True, exist_ok=True)
     if not trainer.history:
         log, vocabulary = trainer.folder / "log.jsonl", trainer.vocabulary
         new = not log.exists() or not log.stat().st_size
@@ -300,21 +301,21 @@ def trained(trainer):
             "labels": {task.name: task.labels() for task in trainer.tasks}}
 
 def watched(trainer):
-    """{file of best weights: the scores of all epochs that say which is the best}."""
+    """{name of a file of best weights: the scores of all epochs, which choose the best}."""
     scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
     return scores | {"best.pt": trainer.mean_scores()}
 
 def save_run(trainer):
     log = "".join(json.dumps(row) + "\n" for row in trainer.history)
     write(trainer.folder / "log.jsonl", log)
+    state = trained(trainer)
     write(trainer.folder / "checkpoint.pt", {
-        **trained(trainer),
-        "data": trainer.checksums, "steps": trainer.steps, "history": trainer.history,
+        **state, "data": trainer.checksums, "steps": trainer.steps, "history": trainer.history,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
     for name, values in watched(trainer).items():
         if values and best_epoch(values) == len(values) - 1:
-            write(trainer.folder / name, trained(trainer))
+            write(trainer.folder / name, state)
 
 def restore_run(trainer, checkpoint):
     """Everything but the model, which `build` has loaded."""
@@ -332,7 +333,7 @@ def restore_run(trainer, checkpoint):
     trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
     trainer.history = checkpoint["history"]
     done = len(trainer.history)
-    for name, values in watched(trainer).items():              # those of the last epoch it has
+    for name, values in watched(trainer).items():              # the checkpoint has the last epoch's
         there = not values or best_epoch(values) == done - 1 or (trainer.folder / name).exists()
         expect(there, trainer.folder, name, "none")
     expect(trainer.settings.epochs >= done, "--epochs", f"at least {done}, as many as the run has",
@@ -406,9 +407,9 @@ LOCKED = set()                                           # the folders that this
 
 @contextmanager
 def locked(folder):
-    """Refuses all other processes in a folder. SQLite can lock on every system; an exit, even a
-    kill, ends it. Of several processes of torchrun the first holds the lock."""
-    if folder in LOCKED or os.environ.get("RANK", "0") != "0":
+    """Makes the folder and refuses all other processes in it. SQLite can lock on every system; an
+    exit, even a kill, ends it. Of several processes that train together the first holds it."""
+    if folder in LOCKED or int(os.environ.get("RANK", processes()[0])) > 0:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -541,7 +542,8 @@ def annotated_lines(document, names):
                 notes[start].append(f"    {text(start, end)} -- {label} -> {text(*to)}")
             else:
                 labels.setdefault((start, end), []).append(label)
-    # Longest first. innermost: the last span around each token; a span whose ends differ crosses.
+    # Longest first. innermost: the shortest span so far around each token. A span crosses another
+    # if it differs at both ends.
     opened, closed, innermost = Counter(), [""] * len(words), [None] * len(words)
     for start, end in sorted(labels, key=lambda span: (span[0] - span[1], span)):
         label = " ".join(dict.fromkeys(labels[start, end]))
@@ -655,14 +657,14 @@ def predict(model, vocabulary, paths, form):
             if form == "json":
                 lines = [to_json(found)]
             elif form == "columns":
-                lines = column_lines([document, found][not gold:], tagged[0])
+                lines = column_lines([document, found] if gold else [found], tagged[0])
             else:
                 lines = annotated_lines(found, keys)
             print("\n".join(lines), flush=True)
 
 def to_predict(path, key, whole):
     """The documents of a file by its ending, or of raw text: of its sentences, if not whole."""
-    raw = suffix_of(path) not in (".json", ".jsonl", ".jsonlines", ".conll", ".bio")
+    raw = suffix_of(path) not in (*JSON_SUFFIXES, ".conll", ".bio")
     documents = [read_text(path)] if raw else read_annotated(path, key)
     expect(documents, path, "documents", "none")
     for i, document in enumerate(documents):
@@ -822,7 +824,7 @@ def run(settings, folder, checkpoint=None, features=""):
     if checkpoint:
         with one_line(f"{folder}: expected a checkpoint of train.py"):
             restore_run(trainer, checkpoint)
-        save_run(trainer)            # after a kill log or best weights may be of another epoch
+        save_run(trainer)            # after a kill, log and best weights may differ from it
     print_start(trainer)
     try:
         with locked(folder):
@@ -850,7 +852,7 @@ def command_line():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, Stopped, KeyboardInterrupt, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):
-            raise
+            raise                                              # a fault of the code
         show_progress("")
         if os.environ.get("RANK", "0") == "0":                 # under torchrun, one line of all
             name = Path(sys.argv[0]).name
