@@ -1,21 +1,19 @@
-"""The four tasks: documents, batches, scores. Read this first, then hmtl.py, then train.py.
+"""The four tasks: documents, batches, scores. Read this file first, then hmtl.py, then train.py.
 
 Two sentences show all four tasks:
 
     [Ada Kell] works for [Nordex] .    [She] likes [the firm] .
 
-    ner    named entities: spans with a type      Ada Kell PER, Nordex ORG
-    emd    entity mentions: pronouns and          Ada Kell PER, Nordex ORG, She PER, the firm ORG
-           nominals ("the firm") too
+    ner    named entities                         Ada Kell PER, Nordex ORG
+    emd    entity mentions: the names, and        Ada Kell PER, Nordex ORG, She PER, the firm ORG
+           pronouns and phrases ("the firm")
     rel    relations between entities             Ada Kell --Works_For--> Nordex
     coref  coreference: clusters of mentions      {Ada Kell, She}  {Nordex, the firm}
 
-A `Document` holds sentences and annotations. A `Task` knows its annotation and draws batches of
-documents. `make_batch` turns these into tensors. The scores equal those of CoNLL's two scripts,
-conlleval and the coreference scorer. A span is (start, end), token offsets, the end inclusive.
-
-Left out for the reader's sake, and found below the banner: coreference scores, BIOUL tags, reading
-and checking files, cutting long documents, the built-in corpus.
+A `Document` holds sentences and their annotations. A `Task` knows which annotation it learns, and
+draws batches of documents. `make_batch` turns documents into tensors. The scores are those of
+conlleval for spans, and those of the CoNLL scorer for coreference. Below the line "Skip this on a
+first reading" stand the readers of files, vectors, and the built-in corpus.
 """
 
 import gzip
@@ -24,222 +22,398 @@ import math
 import re
 import runpy
 import sys
+import traceback
+import unicodedata
 from array import array
-from collections import Counter
+from bisect import bisect
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, zip_longest
+from itertools import accumulate, chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 
 # ------------------------------------------------------------------------- documents and tasks
-
 @dataclass
 class Document:
-    """Sentences and what is annotated in them; offsets count tokens from the document's start.
-
-    annotations: {key: rows}. "ner" and "emd" have a list per sentence of (start, end, label),
-    "relations" a list per sentence of (start1, end1, start2, end2, label), "clusters" a list per
-    cluster of (start, end). A missing key means not annotated; empty lists: nothing is there.
-    """
+    """Sentences and their annotations. Numbers count tokens from the start of the document."""
+    # The example above is Document("news-1", [["Ada", "Kell", "works", "for", "Nordex", "."],
+    #                                          ["She", "likes", "the", "firm", "."]],
+    #     {"ner": [[(0, 1, "PER"), (4, 4, "ORG")], []],
+    #      "emd": [[(0, 1, "PER"), (4, 4, "ORG")], [(6, 6, "PER"), (8, 9, "ORG")]],
+    #      "relations": [[(0, 1, 4, 4, "Works_For")], []],
+    #      "clusters": [[(0, 1), (6, 6)], [(4, 4), (8, 9)]]})
+    #
+    # A span is (start, end, label), where end is its last token. A relation is (start1, end1,
+    # start2, end2, label). Both stand in a list for their sentence. A cluster is a list of mentions
+    # (start, end). A missing key means: not annotated. Empty lists mean: there is nothing.
     key: str
-    sentences: list                      # of lists of words
+    sentences: list                             # a list of words for every sentence
     annotations: dict = field(default_factory=dict)
+    offsets: list = None          # of raw text: (first character, one after the last) of each word
+
+    def __post_init__(self):
+        if str in map(type, self.sentences):
+            raise TypeError("a sentence is a list of words, not a string; "
+                            "tasks.parse_text(text) makes a Document of raw text")
 
     def __len__(self):
-        return sum(len(words) for words in self.sentences)
+        return sum(map(len, self.sentences))
+
+def sentences_of(document):
+    """Every sentence that has words, as a document of its own, without clusters."""
+    # The second sentence above becomes Document("news-1", [["She", "likes", "the", "firm", "."]],
+    #     {"ner": [[]], "emd": [[(0, 0, "PER"), (2, 3, "ORG")]], "relations": [[]]}).
+    sentences, start = [], 0
+    for i, words in enumerate(document.sentences):
+        sentence = Document(document.key, [words])
+        for key, lists in document.annotations.items():
+            if key != "clusters":
+                sentence.annotations[key] = [shifted(lists[i], -start)]
+        if words:
+            sentences.append(sentence)
+        start += len(words)
+    return sentences
+
+def shifted(rows, n):
+    """The same spans or relations, with n added to every token number."""
+    return [tuple(x if isinstance(x, str) else x + n for x in row) for row in rows]
 
 @dataclass
 class Task:
-    """One task: the annotation it learns, the dev score that training watches, its documents.
-
-    Most tasks read single sentences, and each sentence becomes a document of its own. A task of
-    `whole_documents` (coreference) reads one document at a time, has clusters and no labels.
-    """
+    """One task: what it learns, and its documents. Most tasks read single sentences, each of
+    them a document of its own. Coreference reads `whole_documents`, one at a time."""
     name: str
-    annotation: str
-    validation_metric_name: str                            # a score that its head counts, or mean
+    annotation: str                          # its key in Document.annotations
+    validation_metric_name: str              # the dev score that decides which epoch is the best
     validation_metric_decreases: bool = False
     whole_documents: bool = False
-    builtin_size: int = 60                                 # training documents, built-in corpus
+    builtin_size: int = 60                   # training documents in the built-in corpus
     data: dict = field(default_factory=dict, init=False)   # "train", "dev", "test" -> documents
-    order: dict = field(default_factory=dict, init=False)  # cache of `batch_order`
 
-    def load_data(self, folder=None, max_tokens=sys.maxsize):
-        """Reads train, dev and test from a folder, or makes them: all documents that carry its
-        annotation. Coreference cuts training documents above max_tokens. Raises InputError."""
+    def load_data(self, folder=None, max_tokens=math.inf, keys=None):
+        """Reads train, dev and test from a folder, or takes the built-in corpus. Documents
+        without the task's annotation are left out. Coreference cuts training documents of more
+        than max_tokens. keys: the annotations to read, else those of all tasks."""
         for split in ("train", "dev", "test"):
-            documents = read_split(folder, split, self) if folder else builtin_split(split, self)
-            longest = max_tokens if split == "train" else sys.maxsize
-            self.data[split] = self.parts(documents, longest)
+            documents = load_split(folder, split, self, keys)
+            longest = max_tokens if split == "train" else math.inf
+            self.data[split] = self.examples(documents, longest)
 
-    def parts(self, documents, max_tokens=sys.maxsize):
-        """What the task reads at a time: documents of up to max_tokens, or (limit 1) sentences."""
-        return cut_documents(documents, max_tokens if self.whole_documents else 1)
+    def examples(self, documents, max_tokens=math.inf):
+        """What the task reads at a time: sentences, or documents of at most max_tokens."""
+        if self.whole_documents:
+            return cut_documents(documents, max_tokens)
+        return [sentence for document in documents for sentence in sentences_of(document)]
 
     def labels(self, split="train"):
-        """The labels of the documents of a split, sorted; coreference has none."""
-        if self.whole_documents:
-            return []
-        sentences = [d.annotations[self.annotation][0] for d in self.data[split]]    # one each
-        return sorted({row[-1] for rows in sentences for row in rows})
+        """The labels in a split, sorted. Clusters have none."""
+        labels = set()
+        for document in self.data[split]:
+            for rows in document.annotations[self.annotation]:
+                for *_, label in rows:
+                    labels.add(label)
+        return [] if self.whole_documents else sorted(labels)
 
     def documents_per_batch(self, batch_size):
         """batch_size sentences, or one whole document."""
         return 1 if self.whole_documents else batch_size
 
     def n_batches(self, batch_size):
-        """Training batches in one pass over the data."""
+        """How many training batches one pass over the data has."""
         return math.ceil(len(self.data["train"]) / self.documents_per_batch(batch_size))
 
-    def batch(self, n, batch_size, seed):
-        """The documents of training batch number n = 0, 1, 2, ..., which follow from the arguments
-        alone: a resumed run needs only the number of batches drawn."""
-        n_passes, index = divmod(n, self.n_batches(batch_size))  # passes over the data before
-        indices = self.batch_order(n_passes, batch_size, seed)[index]
-        return [self.data["train"][i] for i in indices]
-
-    def batch_order(self, n_passes, batch_size, seed):
-        """The document indices of every batch of one pass over the data."""
-        key = (n_passes, batch_size, seed)
-        if key not in self.order:
-            lengths = [len(d) for d in self.data["train"]]
-            rng = np.random.default_rng([seed, *self.name.encode(), n_passes])     # a name as bytes
-            batches = plan_batches(lengths, self.documents_per_batch(batch_size), rng)
-            self.order = {key: batches}                    # cached until the next pass
-        return self.order[key]
+    def batches(self, batch_size, seed, start=0):
+        """Yields training batches (lists of documents) without end, from batch `start` on."""
+        # Every pass over the data has a random generator of its own, which follows from (seed,
+        # task, number of the pass). So a resumed run needs only the number of batches before it.
+        documents = self.data["train"]
+        lengths = list(map(len, documents))
+        first_pass, skip = divmod(start, self.n_batches(batch_size))
+        for n_pass in count(first_pass):
+            rng = np.random.default_rng([seed, *self.name.encode(), n_pass])
+            plan = plan_batches(lengths, self.documents_per_batch(batch_size), rng)
+            for indices in plan[skip:]:
+                yield [documents[i] for i in indices]
+            skip = 0
 
 def plan_batches(lengths, size, rng):
-    """Index arrays of batches in random order. Sentences of like lengths share a batch, because
-    padding costs time; noise on the lengths makes every pass different."""
+    """An array of document numbers for every batch, in random order."""
+    # Sentences of similar length share a batch, because padding costs time. Noise on the lengths
+    # makes the batches of every pass different.
     noisy = np.array(lengths) * rng.uniform(0.9, 1.1, len(lengths))
-    batches = np.split(np.argsort(noisy), range(size, len(lengths), size))
-    return [batches[i] for i in rng.permutation(len(batches))]
+    order = np.argsort(noisy)
+    batches = np.split(order, range(size, len(order), size))
+    rng.shuffle(batches)
+    return batches
 
-TASKS = [Task("ner", "ner", "f1", builtin_size=300),          # in the order of the hierarchy
-         Task("emd", "emd", "f1", builtin_size=200),
-         Task("rel", "relations", "last-token", builtin_size=60),
-         Task("coref", "clusters", "mean", whole_documents=True, builtin_size=120)]
+TASKS = [                                           # the simple tasks first, as in the hierarchy
+    Task(name="ner", annotation="ner", validation_metric_name="f1", builtin_size=300),
+    Task(name="emd", annotation="emd", validation_metric_name="f1", builtin_size=200),
+    Task(name="rel", annotation="relations", validation_metric_name="last-token"),
+    Task(name="coref", annotation="clusters", validation_metric_name="mean",
+         whole_documents=True, builtin_size=120)]
 
 # --------------------------------------------------------------------------------------- batches
-
 class Vocabulary:
-    """Words (lower-cased) and characters with their ids: 0 is padding, 1 unknown.
+    """The words (lower-cased) and characters that the model knows, with their ids."""
+    # words   "" for padding (id 0), <unknown> (id 1), the words of the training documents, and then
+    #         those that only a file of word vectors has
+    # counts  counts[i] is the number of training documents that contain word i. A word with a small
+    #         count is rare: in training it is sometimes read as <unknown> (`Embedder` in hmtl.py).
+    #         Words that only the vector file has get no counts.
+    # chars   "", <unknown>, and the characters of the training documents
+    MAX_CHARS = 40                              # the char CNN reads no more of a longer word
 
-    words: padding, unknown, those of the training documents, then those only in the vector file.
-    counts: of all but the last kind, in how many training documents a word is; inf for padding and
-    unknown. contextual: `ContextualVectors`, a frozen encoder's output for whole sentences.
-    """
-    LONGEST = 40     # characters of a word that are read: a web address says little after that
-
-    def __init__(self, words, chars, counts, more_words=(), contextual=None):
-        self.words = [*words, *more_words]
+    def __init__(self, words, chars, counts, vector_words=()):
+        self.words = [*words, *vector_words]
         self.chars = chars
         self.counts = counts
-        self.contextual = contextual or ContextualVectors()
-        self.word_ids = {word: i for i, word in enumerate(self.words)}
-        self.char_ids = {char: i for i, char in enumerate(chars)}
+        self.word_ids = dict(zip(self.words, count()))
+        self.char_ids = dict(zip(self.chars, count()))
 
     @classmethod
-    def from_documents(cls, documents, more_words=(), contextual=None):
-        # Count documents (sentences cut from one share its key), not tokens: a name repeated in one
-        # document is still unseen elsewhere.
-        seen = {(d.key, word) for d in documents for words in d.sentences for word in words}
-        counts = Counter(word for _, word in {(key, word.lower()) for key, word in seen})
+    def from_documents(cls, documents, vector_words=()):
+        # Count documents, not tokens: a name that one document repeats is new in all the others.
+        # Sentences that were cut from the same document share its key.
+        words_of = defaultdict(set)
+        for document in documents:
+            for words in document.sentences:
+                words_of[document.key].update(map(lookup_form, words))
+        counts = Counter()
+        chars = set()
+        for words in words_of.values():
+            counts.update(set(map(str.lower, words)))
+            chars.update(*words)
+        # The most frequent words come first. Padding and <unknown> are never rare.
         words = sorted(counts, key=lambda word: (-counts[word], word))
-        more_words = [word for word in more_words if word not in counts]
-        chars = sorted({char for _, word in seen for char in word})
-        return cls(["", "<unknown>", *words], ["", "<unknown>", *chars],
-                   [math.inf, math.inf, *(counts[word] for word in words)], more_words, contextual)
+        numbers = [math.inf, math.inf, *map(counts.get, words)]
+        more = [word for word in vector_words if word not in counts]
+        special = ["", "<unknown>"]
+        return cls(special + words, special + sorted(chars), numbers, more)
 
     def spelling(self, word):
-        """The ids of a word's characters, then a 0 that separates it from the next."""
-        return [*(self.char_ids.get(char, 1) for char in word[:self.LONGEST]), 0]
+        """The ids of a word's characters."""
+        return [self.char_ids.get(char, 1) for char in word[:self.MAX_CHARS]]
+
+def lookup_form(word):
+    """The form in which a word is looked up: with composed letters (NFC), and without
+    invisible characters (Cf). So it does not matter how a program has written "Zürich"."""
+    if word.isascii():
+        return word
+    visible = [char for char in word if unicodedata.category(char) != "Cf"]
+    return unicodedata.normalize("NFC", "".join(visible)) or word
 
 @dataclass
 class Batch:
-    """Documents as tensors: the sentences of all documents as rows, empty ones left out.
-
-    B sentences, T tokens in the longest, N in all, U distinct words (padding is one), C characters.
-    """
+    """Documents as tensors, with a row for each sentence that has words."""
+    # Each distinct word is embedded once; which_word then copies its vector to all its places.
+    #     B   sentences in the batch        U   distinct words in the batch, counting padding
+    #     T   tokens in the longest one     C   characters of all distinct words together
     documents: list
-    lengths: list             # B sentence lengths
-    tokens: torch.Tensor      # (B, T) index into `words`, not a vocabulary id; 0 is padding
-    mask: torch.Tensor        # (B, T) True on tokens, False on padding
-    words: torch.Tensor       # (U,) vocabulary ids of the distinct spellings, embedded once each
-    chars: torch.Tensor       # (C + U + 1,) their characters, 0 before, between and after words
-    n_chars: torch.Tensor     # (U,) how many characters each has
-    contextual: torch.Tensor  # (L, N, F) contextual vectors, L layers of width F; empty if none
+    sentences: list              # the B lists of words
+    lengths: list                # their numbers of tokens
+    mask: torch.Tensor           # (B, T) True on tokens, False on padding
+    which_word: torch.Tensor     # (B, T) which of the U distinct words each token is
+    word_ids: torch.Tensor       # (U,) the ids of the distinct words in the vocabulary
+    chars: torch.Tensor          # (C + U + 1,) their characters, with a 0 between words
+    word_of_char: torch.Tensor   # (C,) which of the U words each character belongs to
 
     def to(self, device):
         moved = {name: x.to(device) for name, x in vars(self).items() if torch.is_tensor(x)}
         return replace(self, **moved)
 
-def make_batch(documents, vocabulary, contextual=None):
-    """Documents -> `Batch`. contextual: used in place of the vocabulary's."""
-    sentences = [words for d in documents for words in d.sentences if words]
-    lengths = [len(words) for words in sentences]
-    distinct = {"": 0}
-    tokens = np.zeros((len(sentences), max(lengths)), dtype=np.int64)
-    for row, words in zip(tokens, sentences):
-        row[:len(words)] = [distinct.setdefault(word, len(distinct)) for word in words]
-    ids = [vocabulary.word_ids.get(word.lower(), 1) for word in distinct]
-    spellings = [vocabulary.spelling(word) for word in distinct]
-    chars = [0, *chain.from_iterable(spellings)]
-    n_chars = [len(spelling) - 1 for spelling in spellings]
-    tokens = torch.from_numpy(tokens)
-    return Batch(documents, lengths, tokens, tokens > 0, torch.tensor(ids), torch.tensor(chars),
-                 torch.tensor(n_chars), (contextual or vocabulary.contextual)(sentences))
+def make_batch(documents, vocabulary):
+    """Documents -> `Batch`."""
+    sentences = [words for document in documents for words in document.sentences if words]
+    lengths = list(map(len, sentences))
+    # Number the distinct words in the order in which they appear. Number 0 is the padding word "".
+    numbers = {"": 0}
+    which_word = np.zeros((len(sentences), max(lengths)), dtype=np.int64)
+    for row, words in zip(which_word, sentences):
+        row[:len(words)] = [numbers.setdefault(word, len(numbers)) for word in words]
+    # Look them up. All characters lie in one row, such as 0 0 A d a 0 K e l l 0 for "Ada Kell": the
+    # padding word has no characters, so that nothing stands between the first two zeros.
+    word_ids, chars, word_of_char = [], [0], []
+    for word, number in numbers.items():
+        word = lookup_form(word)
+        spelling = vocabulary.spelling(word)
+        word_ids.append(vocabulary.word_ids.get(word.lower(), 1))
+        chars += [*spelling, 0]
+        word_of_char += [number] * len(spelling)
+
+    which_word = torch.from_numpy(which_word)
+    return Batch(documents=documents, sentences=sentences, lengths=lengths, mask=which_word > 0,
+                 which_word=which_word, word_ids=torch.tensor(word_ids),
+                 chars=torch.tensor(chars), word_of_char=torch.tensor(word_of_char))
+
+# -------------------------------------------------------------------------------- spans and tags
+# BIOUL tags write the spans of a sentence as one tag for every token: Begin, Inside and Last for a
+# longer span, Unit for a span of one token, and O outside of all spans.
+def tags_of(spans, length):
+    """The BIOUL tags of a sentence. Of spans that overlap, the longest is kept.
+
+    >>> tags_of([(0, 1, "PER"), (4, 4, "ORG")], 6)
+    ['B-PER', 'L-PER', 'O', 'O', 'U-ORG', 'O']
+    """
+    tags = ["O"] * length
+    for start, end, label in sorted(spans, key=lambda span: (span[0] - span[1], span)):
+        if set(tags[start:end + 1]) == {"O"}:
+            prefixes = "U" if start == end else "B" + "I" * (end - start - 1) + "L"
+            tags[start:end + 1] = [f"{prefix}-{label}" for prefix in prefixes]
+    return tags
+
+def spans_of(tags):
+    """The spans of a sentence from BIOUL tags, or from BIO or BIOES tags (E means L, S means U).
+
+    >>> spans_of(["B-PER", "L-PER", "O", "O", "U-ORG", "O"])
+    [(0, 1, 'PER'), (4, 4, 'ORG')]
+    """
+    spans, previous = [], "O"
+    for t, tag in enumerate(tags):
+        # As in conlleval, an I that does not go on with a span begins one.
+        if previous[0] in "BI" and tag[0] in "IEL" and previous[2:] == tag[2:]:
+            spans[-1] = (spans[-1][0], t, tag[2:])
+        elif tag != "O":
+            spans.append((t, t, tag[2:]))
+        previous = tag
+    return spans
+
+def may_follow(left, right):
+    """Whether `right` may follow `left`: after B or I only I or L of the same label, and these
+    only there."""
+    is_open, goes_on = left[0] in "BI", right[0] in "IL"
+    return is_open == goes_on and (not is_open or left[2:] == right[2:])
 
 # ---------------------------------------------------------------------------------------- scores
-
 class Scores:
-    """Precision P, recall R and F1 = 2 P R / (P + R), in percent, of sums over documents.
-
-    Every score has four numbers, [hits among predicted, predicted, hits among gold, gold], added up
-    over documents before any division. The two hits differ only in `b_cubed`, below the banner.
-    """
+    """Precision, recall and F1 in percent, over many documents."""
+    # Four counts are added up over all documents before any division.
+    #     right       predictions that are right               precision P = right / predicted
+    #     predicted   all predictions                          recall R    = found / gold
+    #     found       gold spans (or the like) that are found  F1          = 2 P R / (P + R)
+    #     gold        all gold spans                           0 / 0       = 0
+    # right and found are the same number in all scores but B-cubed.
 
     def __init__(self, mean=None):
-        """mean: the name of the mean of all F1, if it is a score of its own."""
+        """mean: a name under which the mean of all F1 is a score, too."""
         self.mean = mean
-        self.sums = {}
-        self.confusions = Counter()      # of (gold label, predicted label); None: no row
+        self.counts = {}
 
     def add(self, counts):
-        """counts: {score name: four numbers}."""
+        """counts: {score name: (right, predicted, found, gold)} of one document."""
         for name, numbers in counts.items():
-            self.sums[name] = [a + b for a, b in zip(self.sums.get(name, [0] * 4), numbers)]
+            before = self.counts.get(name, (0, 0, 0, 0))
+            self.counts[name] = tuple(a + b for a, b in zip(before, numbers))
 
     def compute(self):
-        """{name: F1, name-precision: P, name-recall: R} of what was added, with 0 / 0 = 0."""
-        scores = {}
-        for name, (hits, predicted, gold_hits, gold) in self.sums.items():
-            precision = 100 * hits / (predicted or 1)
-            recall = 100 * gold_hits / (gold or 1)
-            scores[name] = 2 * precision * recall / (precision + recall or 1)
-            scores[name + "-precision"] = precision
-            scores[name + "-recall"] = recall
+        """{name: F1, name-precision: P, name-recall: R}, for every score."""
+        scores, total = {}, 0.0
+        for name, (right, predicted, found, gold) in self.counts.items():
+            precision = 100 * right / (predicted or 1)
+            recall = 100 * found / (gold or 1)
+            f1 = 2 * precision * recall / (precision + recall or 1)
+            scores |= {name: f1, f"{name}-precision": precision, f"{name}-recall": recall}
+            total += f1
         if self.mean and scores:
-            scores[self.mean] = sum(scores[name] for name in self.sums) / len(self.sums)
+            scores[self.mean] = total / len(self.counts)
         return scores
 
 def count_rows(predicted, gold):
-    """The four numbers of spans with a label, or relations: a hit is exactly the same row."""
+    """The four counts of spans or relations: a prediction is right if it equals a gold one."""
     predicted, gold = set(predicted), set(gold)
-    hits = len(predicted & gold)
-    return hits, len(predicted), hits, len(gold)
+    n_right = len(predicted & gold)
+    return n_right, len(predicted), n_right, len(gold)
+
+def count_labels(name, predicted, gold):
+    """{"f1": counts of all rows, "f1 PER": of those whose last entry is PER, ...}."""
+    counts = {name: count_rows(predicted, gold)}
+    for label in sorted({row[-1] for row in [*predicted, *gold]}):
+        rows = [[row for row in side if row[-1] == label] for side in (predicted, gold)]
+        counts[f"{name} {label}"] = count_rows(*rows)
+    return counts
+
+def count_relations(pairs, gold, spans=None, gold_spans=None):
+    """The counts of three scores of relations. pairs: predicted (last token, last token,
+    label). gold: relations. spans and gold_spans: those of a tagger, for the last two scores."""
+    # last-token (the paper's score) asks for the label and the last token of each argument.
+    gold_pairs = [(end1, end2, label) for _, end1, _, end2, label in gold]
+    counts = count_labels("last-token", pairs, gold_pairs)
+    # boundaries asks for the label and the span of each argument, strict for their types, too.
+    if spans is not None:
+        found = with_spans(pairs, spans)
+        counts["boundaries"] = count_rows(found, gold)
+        if gold_spans is not None:
+            counts["strict"] = count_rows(with_types(found, spans), with_types(gold, gold_spans))
+    return counts
+
+def with_spans(pairs, spans):
+    """Relations between the spans that end at the tokens of the pairs, if there are such spans."""
+    relations = []
+    start_of = {end: start for start, end, _ in spans}
+    for end1, end2, label in pairs:
+        if end1 in start_of and end2 in start_of:
+            relations.append((start_of[end1], end1, start_of[end2], end2, label))
+    return relations
+
+def with_types(relations, spans):
+    """Relations with the labels of both arguments; None where there is no such span."""
+    type_of = {(start, end): label for start, end, label in spans}
+    return [(*row, type_of.get(row[:2]), type_of.get(row[2:4])) for row in relations]
+
+# Coreference. In the examples, the predicted clusters are ab, cd and fghi, and the gold clusters
+# are abc and defg (Pradhan et al. 2014, section 4). They share ab, c, d and fg.
+
+def overlaps(predicted, gold):
+    """{(i, j): the number of mentions that predicted cluster i and gold cluster j share}."""
+    gold_of = {mention: j for j, cluster in enumerate(gold) for mention in cluster}
+    shared = Counter()
+    for i, cluster in enumerate(predicted):
+        shared.update((i, gold_of[mention]) for mention in cluster if mention in gold_of)
+    return shared
+
+def muc(predicted, gold):
+    """MUC (Vilain et al. 1995) counts links. A cluster of n mentions has n - 1 links."""
+    # Example: ab and fg have 1 right link each, of 1 + 1 + 3 predicted and 2 + 3 gold links.
+    shared = overlaps(predicted, gold)
+    n_right = sum(shared.values()) - len(shared)
+    n_predicted = sum(map(len, predicted)) - len(predicted)
+    n_gold = sum(map(len, gold)) - len(gold)
+    return n_right, n_predicted, n_right, n_gold
+
+def b_cubed(predicted, gold):
+    """B-cubed (Bagga & Baldwin 1998) counts mentions. A mention is right to the degree to which
+    its predicted cluster lies in its gold cluster, and found the other way round."""
+    # Example: a and b are right to 2/2, c and d to 1/2, f and g to 2/4. That is 4 of 8 mentions.
+    right = found = 0.0
+    for (i, j), n in overlaps(predicted, gold).items():
+        right += n * n / len(predicted[i])
+        found += n * n / len(gold[j])
+    return right, sum(map(len, predicted)), found, sum(map(len, gold))
+
+def ceaf_e(predicted, gold):
+    """CEAF-e (Luo 2005) matches predicted clusters P and gold clusters G one to one, so that
+    the sum of 2 |P & G| / (|P| + |G|) is as large as possible."""
+    # Example: ab with abc gives 4/5, fghi with defg gives 4/8. So 1.3 of 3 predicted clusters.
+    similarity = np.zeros((len(predicted), len(gold)))
+    for (i, j), n in overlaps(predicted, gold).items():
+        similarity[i, j] = 2 * n / (len(predicted[i]) + len(gold[j]))
+    best = best_matching_sum(similarity)
+    return best, len(predicted), best, len(gold)
+
+COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
 
 # ================================================================================================
-# Skip this on a first reading: the practical side. Go on with hmtl.py.
+# Skip this on a first reading: files, raw text, vectors, the built-in corpus. Go on with hmtl.py.
 # ================================================================================================
 
 class InputError(Exception):
-    """Bad input: one line that says where, what was expected and what was found."""
+    """What a user can mend, in one line: where, what was expected, what was found."""
 
 def expect(condition, where, expected, found):
+    """Raises an InputError unless the condition holds."""
     if not condition:
         plain = isinstance(found, str) and found.isprintable() and found.strip()
         found = found if plain else json.dumps(found)
@@ -254,65 +428,335 @@ def one_line(message):
         raise
     except Exception as error:
         found = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        name = str(getattr(error, "filename", None) or "")     # such as one that features() lacks
-        found = found if name in message else f"{found}: {name}"
         raise InputError(f"{message}: {' '.join(found.split())[:200]}") from None
 
-def confusions(predicted, gold):
-    """Counter of (gold label, predicted label) at every place that either has. A place is a row
-    without its label; None stands for no row there."""
-    hits = {*predicted} & {*gold}
-    pairs = Counter((row[-1], row[-1]) for row in hits)
-    missed, extra = sorted({*gold} - hits), sorted({*predicted} - hits)
-    for place in dict.fromkeys(row[:-1] for row in missed + extra):
-        here = [[row[-1] for row in rows if row[:-1] == place] for rows in (missed, extra)]
-        pairs.update(zip_longest(*here))
-    return pairs
+def choose_tasks(names):
+    """Fresh copies of the named tasks, without data, the simplest first."""
+    return [replace(task) for task in TASKS if task.name in names]
 
-def label_scores(pairs):
-    """{label: its scores and counts}, the most frequent in gold first, from `confusions`."""
-    gold = Counter(right for right, _ in pairs.elements())
-    predicted = Counter(found for _, found in pairs.elements())
-    rows = {}
-    for label in sorted({*gold, *predicted} - {None}, key=lambda label: (-gold[label], label)):
-        scores, hits = Scores(), pairs[label, label]
-        scores.add({"f1": (hits, predicted[label], hits, gold[label])})
-        rows[label] = {**scores.compute(), "predicted": predicted[label], "gold": gold[label]}
-    return rows
+def per_task(items, names, flag):
+    """{task: value}, from VALUE for all tasks and TASK=VALUE for one: ["1x200", "rel=3x64"]."""
+    values = {}
+    for item in items:
+        name, value = item.split("=", 1) if "=" in item else ("", item)
+        expect(name in ["", *names], flag, f"one of the tasks {', '.join(names)}", name)
+        expect(name not in values, flag, f"one value for {name or 'all tasks'}", value)
+        values[name] = value
+    for name in names:
+        expect(name in values or "" in values, flag, f"a value for the task {name}", "none")
+    return {name: values[name if name in values else ""] for name in names}
 
-def label_errors(pairs):
-    """[((gold label, predicted label), number)] of those that differ, the most frequent first."""
-    return [(pair, n) for pair, n in pairs.most_common() if pair[0] != pair[1]]
+# Files of documents.
+JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines")
+LONGEST = 300     # words in a sentence: relations need time and memory for every pair of its words
 
-def overlaps(predicted, gold):
-    """{(i, j): how many mentions predicted cluster i and gold cluster j share}, where they do."""
-    of_predicted, of_gold = ({m: i for i, cluster in enumerate(clusters) for m in cluster}
-                             for clusters in (predicted, gold))
-    return Counter((i, of_gold[m]) for m, i in of_predicted.items() if m in of_gold)
+def load_split(folder, split, task, keys=None):
+    """The documents of a split that carry the task's annotation, from a folder or built in."""
+    if not folder:
+        builtin = task.name in ("ner", "emd", "rel", "coref")
+        expect(builtin, f"--data: {task.name}", "a folder", "none; the built-in corpus lacks it")
+        own = task.builtin_size, [0, *task.name.encode()]        # all tasks share dev and test
+        size, seed = {"train": own, "dev": (60, [1]), "test": (100, [2])}[split]
+        return builtin_documents(size, np.random.default_rng(seed), f"{task.name}-{split}")
+    documents = read_documents(file_of(folder, split), task, keys)
+    wanted = f"{split} documents with the key '{task.annotation}' for the task {task.name}"
+    expect(documents, folder, wanted, "none")
+    used = any(rows for d in documents for rows in d.annotations[task.annotation])
+    expect(split == "test" or used, folder, wanted, "only empty ones")
+    return documents
 
-def muc(predicted, gold):
-    """Vilain et al. 1995: links, n - 1 in n mentions; hits are the links in what clusters share."""
-    hits = sum(n - 1 for n in overlaps(predicted, gold).values())
-    return hits, sum(len(c) - 1 for c in predicted), hits, sum(len(c) - 1 for c in gold)
+def file_of(folder, split):
+    names = [split + suffix for suffix in (*JSON_SUFFIXES, ".conll", ".txt", ".bio")]
+    found = [name for name in names if Path(folder, name).is_file()]
+    expect(len(found) == 1, folder, "one file " + " or ".join(names),
+           " and ".join(found) or ("none" if Path(folder).is_dir() else "no folder"))
+    return Path(folder, found[0])
 
-def b_cubed(predicted, gold):
-    """Bagga & Baldwin 1998: for every mention, how much of its cluster the other side has too."""
-    shared = overlaps(predicted, gold).items()
-    hits = sum(n * n / len(predicted[i]) for (i, _), n in shared)
-    gold_hits = sum(n * n / len(gold[j]) for (_, j), n in shared)
-    return hits, sum(map(len, predicted)), gold_hits, sum(map(len, gold))
+def read_documents(path, task, keys=None):
+    """The documents of a file that carry the task's annotation."""
+    documents = read_annotated(path, "emd" if task.annotation == "emd" else "ner", keys)
+    documents = [d for d in documents if len(d) and task.annotation in d.annotations]
+    for document in documents if task.annotation == "relations" else []:
+        for n, words in enumerate(document.sentences, 1):
+            expect(len(words) <= LONGEST, f"{path}, {document.key}, sentence {n}",
+                   f"at most {LONGEST} words in a sentence for rel", str(len(words)))
+    return documents
 
-def ceaf_e(predicted, gold):
-    """Luo 2005: clusters matched one to one, to the largest sum of 2 |P & G| / (|P| + |G|)."""
-    similarity = np.zeros((len(predicted), len(gold)))
-    for (i, j), n in overlaps(predicted, gold).items():
-        similarity[i, j] = 2 * n / (len(predicted[i]) + len(gold[j]))
-    best = best_matching_sum(similarity)
-    return best, len(predicted), best, len(gold)
+def read_annotated(path, tagged, keys=None):
+    """All documents of a file of JSON lines, or else of columns with tags of the key `tagged`."""
+    return read_json(path, keys) if suffix_of(path) in JSON_SUFFIXES else read_columns(path, tagged)
 
+def suffix_of(path):
+    return Path(str(path).lower().removesuffix(".gz")).suffix
+
+def read_lines(path):
+    """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    source = 0 if str(path) == "-" else path                      # 0 is standard input
+    with one_line(f"{path}: expected a file of UTF-8 text"):
+        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
+            yield from file
+
+def stripped_lines(path):
+    """(line number, line), without blanks and byte order marks around the line."""
+    return ((n, line.strip("\ufeff \t\r\n")) for n, line in enumerate(read_lines(path), 1))
+
+def read_json(path, keys=None):
+    """Documents from JSON lines, as of SciERC and DyGIE++. Only `keys` are read, else all."""
+    documents, wanted = [], "one JSON object of valid characters a line"
+    for n, line in filter(lambda row: row[1], stripped_lines(path)):
+        where = f"{path}, line {n}"
+        with one_line(f"{where}: expected {wanted}"):
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()       # an error if no file can hold it
+        expect(isinstance(row, dict), where, wanted, row)
+        sentences, key = row.get("sentences"), row.get("doc_key")
+        good = is_list(sentences, list) and all(is_list(words, str) for words in sentences)
+        expect(good, where, "sentences as lists of words", sentences)
+        good = all(map(str.strip, chain(*sentences)))
+        expect(good, where, "words with characters", "a blank one")
+        document = Document(f"{path}:{n}" if key is None else str(key), sentences)
+        for key in [task.annotation for task in TASKS] if keys is None else keys:
+            if row.get(key) is not None:
+                document.annotations[key] = parse_rows(row[key], key, document, f"{where}, {key}")
+        documents.append(document)
+    return documents
+
+def to_json(document):
+    row = {"doc_key": document.key, "sentences": document.sentences, **document.annotations}
+    return json.dumps(row | ({"offsets": document.offsets} if document.offsets else {}),
+                      ensure_ascii=False)
+
+def is_list(value, kind):
+    """Whether a value from JSON is a list with entries of one type."""
+    return type(value) is list and all(type(x) is kind for x in value)
+
+def parse_rows(value, key, document, where):
+    """The clusters, or a list of rows for each sentence; one flat list is sorted into sentences."""
+    n, clusters = len(document.sentences), key == "clusters"
+    form = {"clusters": [int, int], "relations": [int] * 4 + [str]}.get(key, [int, int, str])
+    types = ", ".join(kind.__name__ for kind in form)
+    ends = [*accumulate(map(len, document.sentences), initial=0)]
+    flat = is_list(value, list) and all([*map(type, row)] == form for row in value)
+    if n and not clusters and flat:
+        rows, value = value, [[] for _ in range(n)]
+        for row in rows:
+            value[min(bisect(ends, row[0]), n) - 1].append(row)
+    wanted = "lists of [start, end]" if clusters else f"one list for each of the {n} sentences"
+    expect(is_list(value, list) and (clusters or len(value) == n), where, wanted, value)
+    bounds = [(0, ends[-1])] * len(value) if clusters else zip(ends, ends[1:])
+    for rows, (low, high) in zip(value, bounds):
+        wanted = f"[{types}] with {low} <= start <= end < {high}{' and a label' * (not clusters)}"
+        for row in rows:
+            good = type(row) is list and [*map(type, row)] == form and str(row[-1]).strip()
+            good = good and all(low <= a <= b < high for a, b in zip(row[::2], row[1::2]))
+            expect(good, where, wanted, row)
+    lists = [[*dict.fromkeys(map(tuple, rows))] for rows in value]     # each row once
+    if clusters:
+        span, times = max(Counter(chain(*lists)).items(), key=lambda item: item[1], default=(0, 1))
+        expect(times == 1, where, "every span in at most one cluster", span)
+    return [rows for rows in lists if rows or not clusters]
+
+def read_columns(path, annotation):
+    """Documents of one sentence from columns: word first, tag last, a blank line after each."""
+    documents, words, tags = [], [], []
+    for n, line in chain(stripped_lines(path), [(0, "")]):
+        where = f"{path}, line {n}"
+        if line and not line.startswith("-DOCSTART-"):
+            columns = re.split("\t+" if "\t" in line else " +", line)     # a word may hold others
+            word, tag = columns[0].strip(), columns[-1]
+            expect(len(columns) > 1 and word, where, "a word and a tag", line)
+            expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", tag), where, "a tag such as O or B-PER", tag)
+            expect(len(words) < 1000, where, "an empty line after a sentence", "1,001 words")
+            words.append(word)
+            tags.append(tag)
+        elif words:
+            spans = {annotation: [spans_of(tags)]}
+            documents.append(Document(f"{path}:{len(documents) + 1}", [words], spans))
+            words, tags = [], []
+    return documents
+
+def cut_documents(documents, max_tokens):
+    """Cuts documents of more than max_tokens between sentences, and drops those without a word. A
+    cluster loses its mentions in the other part, and is dropped if that leaves only one."""
+    parts, n_cut = [], 0
+    for document in documents:
+        pieces, start = [], 0
+        for words in document.sentences:
+            if not pieces or len(pieces[-1]) + len(words) > max_tokens:
+                pieces.append(Document(document.key, [], {"clusters": []}))
+            pieces[-1].sentences.append(words)
+        for piece in pieces:
+            for cluster in document.annotations["clusters"]:
+                inside = [m for m in cluster if start <= m[0] and m[1] < start + len(piece)]
+                if len(inside) > 1 or len(inside) == len(cluster):
+                    piece.annotations["clusters"].append(shifted(inside, -start))
+            start += len(piece)
+        n_cut += len(pieces) > 1
+        parts += pieces if len(pieces) > 1 else [document]
+    if n_cut:
+        print(f"cut: {n_cut} training documents longer than --max-tokens {max_tokens}")
+    return [part for part in parts if len(part)]
+
+# Raw text. The dot of an abbreviation belongs to its word. After an abbreviation, an initial or
+# "...", a sentence ends only before a STARTER such as "The"; after NEVER_LAST it does not end.
+NEVER_LAST = re.compile(r"(?:al|Figs?|Eqs?|Sec|Tab|Ref|[Vv]ol|pp|ca|approx|Dept|Univ|Pres)\.")
+ABBREVIATION = (
+    r"\b(?:(?:\w+-)?(?:Mr|Mrs|Ms|Messrs|Dr|Prof|St|Mt|Ft|Gen|Sen|Rep|Gov|Lt|Col|Capt|Sgt|Maj|Adm"
+    r"|Cmdr|Rev|Hon|Atty|Jr|Sr|Inc|Co|Corp|Ltd|Plc|Bros|Ave|vs|etc|Jan|Feb|Mar|Apr|Jun|Jul|Aug"
+    r"|Sept?|Oct|Nov|Dec)|(?:No|[Pp])(?=\.\s*\d)|[A-Za-z]{1,2}(?:\.[A-Za-z])+"
+    r"|[A-Z](?=\.[^\S\n]*(?:\n[^\S\n]*)?\S))\.|\b(?<!\w\.)" + NEVER_LAST.pattern)
+STARTER = re.compile(
+    r"[\"'(\[“‘]*(?:[¿¡]|(?:The|An?|This|That|These|Those|He|She|It|They|We|I|You|His|Her|Its"
+    r"|Their|Our|My|In|On|At|By|From|For|With|As|After|Before|When|While|If|But|And|Or|So|There"
+    r"|However)\b)")
+WORD = re.compile(
+    r"(?:https?://|www\.)\S*[\w/]|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+|" + ABBREVIATION
+    + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
+    r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
+EMPTY_LINE = re.compile(r"\n[ \t\r]*\n")
+LIST_ITEM = re.compile(r"(?:[-*•]|\d{1,3}[.)]|[A-Za-z]\))[ \t]+(?=\S)")
+BEGINNING = re.compile(r"[\"'(\[“‘«$€£]*(?:[¿¡]|(\w))")        # group 1: the first letter or digit
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff]")
+
+def parse_text(text, key="text"):
+    """A Document of raw text, with the offsets of its words."""
+    # Accents and invisible characters belong to the word before them: the search does not see
+    # them, and a word goes on to the next other character.
+    kept = [i for i, char in enumerate(text)
+            if char.isascii() or unicodedata.category(char) not in ("Mn", "Mc", "Me", "Cf")]
+    plain = "".join(text[i] for i in kept)
+    kept.append(len(text))
+    offsets, last, end, marker_end = [], "", 0, 0    # last: the last word but closing quotes
+    for match in WORD.finditer(plain):
+        start, gap, first = match.start(), plain[end:match.start()], not offsets
+        item = LIST_ITEM.match(plain, start) if first or "\n" in gap else None
+        marker_end = item.end() if item else marker_end      # no sentence ends after "1." itself
+        if last == "…" or last.endswith(".") and len(last) > 1:        # an abbreviation, or "..."
+            ends = not NEVER_LAST.fullmatch(last) and STARTER.match(plain, start)
+        else:
+            following = BEGINNING.match(plain, start) if last in (".", "!", "?") else None
+            ends = following and not (following[1] or "").islower()
+        ends = ends and gap and start > marker_end
+        if first or item or ends or EMPTY_LINE.search(gap):
+            offsets.append([])
+        end = match.end()
+        offsets[-1].append((kept[start], kept[end]))
+        if gap or match[0] not in "\"')]”’»":
+            last = match[0]
+    return Document(key, [[text[a:b] for a, b in row] for row in offsets], offsets=offsets)
+
+def read_text(path):
+    """A Document of a file of raw text."""
+    text = "".join(read_lines(path))
+    document = parse_text(text, Path(path).stem)
+    expect(document.sentences, path, "some text", text)
+    tagged = re.findall(r"^\S.*[ \t](?:O|[BIELSU]-\S+)[ \t\r]*$", text, re.M)
+    if 2 * len(tagged) > len(re.findall(r"^.*\S", text, re.M)):
+        print(f"{path}: looks like columns; name it .conll to have it so read", file=sys.stderr)
+    if 2 * len(UNSPACED.findall(text)) > sum(map(str.isalpha, text)):
+        print(f"{path}: words without spaces: give them as JSON or columns", file=sys.stderr)
+    return document
+
+def cut_sentences(document, where):
+    """The document without annotations, and with its sentences cut to LONGEST words."""
+    if max(map(len, document.sentences), default=0) > LONGEST:
+        print(f"{where}: cut: a sentence of more than {LONGEST} words", file=sys.stderr)
+    def pieces(lists):
+        return [row[i:i + LONGEST] for row in lists for i in range(0, max(1, len(row)), LONGEST)]
+    offsets = document.offsets and pieces(document.offsets)
+    return Document(document.key, pieces(document.sentences), offsets=offsets)
+
+# Vectors.
+def read_vectors(path):
+    """(words, (N, E) float32 array) of a GloVe or word2vec text file: a word, then its numbers."""
+    words, numbers, width = {}, array("f"), None         # one flat array needs the least memory
+    for n, line in stripped_lines(path):
+        fields = [field for field in line.replace("\t", " ").split(" ") if field]
+        if not fields or n == 1 and len(fields) == 2:        # word2vec's first line is two counts
+            continue
+        width = width or len(fields) - 1
+        word = lookup_form(" ".join(fields[:-width]).lower())               # it may hold a space
+        try:
+            vector = array("f", map(float, fields[-width:]))
+        except (ValueError, OverflowError):
+            vector = []
+        good = word and len(vector) == width and math.isfinite(sum(vector))
+        expect(good, f"{path}, line {n}", f"a word and {width or 'its'} numbers", line)
+        if words.setdefault(word, n) == n:                   # a word counts where it comes first
+            numbers += vector
+    expect(words, path, "a word and its numbers on every line", "none")
+    return list(words), np.frombuffer(numbers, dtype=np.float32).reshape(len(words), width)
+
+class ContextualVectors:
+    """Vectors from the function `features` in a file of the user's. Without one: 0 layers."""
+
+    def __init__(self, path="", shape=(0, 0)):
+        """shape: (layers, width), if a trained run says so. Else the first sentence does."""
+        self.path, self.shape, self.kept = path, tuple(shape), {}      # kept: {sentence: tensor}
+        if path or any(shape):
+            run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
+            expect(Path(path).is_file(), "--features", f"a file{run}", path or "none")
+            with user_code(path):
+                self.function = runpy.run_path(path).get("features")
+            expect(callable(self.function), path, "a function features(sentences)", "none")
+
+    def __call__(self, sentences):
+        """(layers, words of all sentences, width), in half precision."""
+        keys = [tuple(words) for words in sentences]
+        found = self.kept if self.kept.keys() >= {*keys} else self.compute(keys)
+        return torch.cat([found[words] for words in keys], 1)
+
+    def keep(self, tasks):
+        """Computes the vectors of all sentences of the tasks, once."""
+        if self.path:
+            splits = chain(*(task.data.values() for task in tasks))
+            self.kept = self.compute(tuple(x) for d in chain(*splits) for x in d.sentences if x)
+            size = sum(x.nbytes for x in self.kept.values()) / 1e6
+            print(f"features: {len(self.kept)} sentences,",
+                  "{} layers of width {}, {:.0f} MB".format(*self.shape, size))
+
+    def compute(self, sentences):
+        """{tuple of words: tensor}. The function gets 32 sentences of similar lengths at a time."""
+        where, found, sentences = f"{self.path}: features()", {}, sorted({*sentences})
+        for indices in by_length([*map(len, sentences)], 32):
+            asked = [sentences[i] for i in indices]
+            with user_code(self.path):
+                arrays = self.function([list(words) for words in asked])
+            with one_line(f"{where}: expected a list of arrays"):
+                arrays = [torch.as_tensor(x).detach().cpu() for x in arrays]
+            expect(len(arrays) == len(asked), where, f"{len(asked)} arrays", str(len(arrays)))
+            for words, x in zip(asked, arrays):
+                if not any(self.shape) and x.ndim == 3:
+                    self.shape = x.shape[0], x.shape[2]
+                wanted = self.shape[0] or "layers", len(words), self.shape[1] or "width"
+                expect(x.is_floating_point() and x.shape == wanted, where,
+                       "floats ({}, {} words, {})".format(*wanted), f"{x.dtype} {tuple(x.shape)}")
+                expect(x.half().isfinite().all(), where, "finite numbers up to 65504", "others")
+                found[words] = x.half()
+        return found
+
+@contextmanager
+def user_code(path):
+    """An error in the user's file becomes one line, with its own message and its line there."""
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else f"{path}: expected Python code"
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"{where}: {message}") from None
+
+def by_length(lengths, size):
+    """Lists of up to `size` indices. Those of similar lengths stand together."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+# The assignment of CEAF-e.
 def best_matching_sum(value):
-    """The largest sum of entries of a matrix >= 0, at most one in a row and in a column: shortest
-    paths with row and column potentials (Jonker & Volgenant 1987), O(n^3)."""
+    """The largest sum of entries >= 0, at most one a row and column (Jonker & Volgenant 1987)."""
     value = value[value.any(1)][:, value.any(0)]   # the others match nothing, and may be many
     value = min(value, value.T, key=len)           # no more rows than columns
     n, m = value.shape
@@ -333,284 +777,6 @@ def best_matching_sum(value):
         while column != m:                         # move the matches along the path
             row_of[column], column = row_of[before[column]], before[column]
     return float(sum(value[i, j] for j, i in enumerate(row_of[:m]) if i >= 0))
-
-def cut_documents(documents, max_tokens):
-    """Cuts between sentences: documents of max_tokens at most, or one sentence, and none empty."""
-    parts, n_cut = [], 0
-    for document in documents:
-        groups = []                                # the indices of the sentences of every part
-        starts = [*accumulate(map(len, document.sentences), initial=0)]
-        for i in [i for i, words in enumerate(document.sentences) if words]:
-            if not groups or starts[i + 1] - starts[groups[-1][0]] > max_tokens:
-                groups.append([])
-            groups[-1].append(i)
-        parts += [part_of(document, kept, starts[kept[0]]) for kept in groups]
-        n_cut += len(groups) > 1 and max_tokens > 1
-    if n_cut:
-        print(f"cut: {n_cut} training documents longer than --max-tokens {max_tokens}")
-    return parts
-
-def part_of(document, kept, start):
-    """A document of the sentences with the indices `kept`, in which only empty ones are missing;
-    the first begins at token `start`. A cluster of which the cut leaves one mention is dropped; one
-    that had a single mention before stays."""
-    part = Document(document.key, [document.sentences[i] for i in kept])
-    end = start + len(part)
-    for name, lists in document.annotations.items():
-        if name == "clusters":
-            cut = [[m for m in c if start <= m[0] and m[1] < end] for c in lists]
-            lists = [c for c, whole in zip(cut, lists) if len(c) > 1 or len(c) == len(whole)]
-        else:
-            lists = [lists[i] for i in kept]
-        n = 0 if name == "offsets" else -start
-        part.annotations[name] = [[shifted(row, n) for row in rows] for rows in lists]
-    return part
-
-def shifted(row, n):
-    return tuple(x if isinstance(x, str) else x + n for x in row)
-
-def read_split(folder, split, task):
-    documents = read_documents(file_of(folder, split), task)
-    wanted = f"{split} documents with the key '{task.annotation}' for the task {task.name}"
-    expect(documents, folder, wanted, "none")
-    rows = chain.from_iterable(d.annotations[task.annotation] for d in documents)
-    expect(split == "test" or any(rows), folder, wanted, "only empty ones")
-    return documents
-
-def file_of(folder, split):
-    names = [split + suffix for suffix in (*JSON_SUFFIXES, ".conll", ".txt", ".bio")]
-    found = [name for name in names if Path(folder, name).is_file()]
-    expect(len(found) == 1, folder, "one file " + " or ".join(names),
-           " and ".join(found) or ("none" if Path(folder).is_dir() else "no folder"))
-    return Path(folder, found[0])
-
-def read_documents(path, task):
-    """The documents of a file that carry the task's annotation."""
-    documents = read_annotated(path, "emd" if task.annotation == "emd" else "ner")
-    return [d for d in documents if len(d) and task.annotation in d.annotations]
-
-def read_annotated(path, annotation):
-    """All documents of a file of JSON lines, or else of columns with tags of that annotation."""
-    return read_json(path) if suffix_of(path) in JSON_SUFFIXES else read_columns(path, annotation)
-
-def suffix_of(path):
-    return Path(str(path).lower().removesuffix(".gz")).suffix
-
-def read_lines(path):
-    """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    source = 0 if str(path) == "-" else path
-    with one_line(f"{path}: expected a file of UTF-8 text"):
-        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from file
-
-def read_json(path):
-    """Documents from JSON lines, the format of SciERC and DyGIE++. Errors name file and line."""
-    return [parse_document(line, f"{path}, line {n}", f"{path}:{n}")
-            for n, line in enumerate(read_lines(path), 1) if line.strip()]
-
-def to_json(document):
-    row = {"doc_key": document.key, "sentences": document.sentences, **document.annotations}
-    return json.dumps(row, ensure_ascii=False)
-
-def parse_document(line, where, key):
-    """A Document from one line of JSON; `where` stands in errors, `key` is its default doc_key."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()           # an error if no file can hold it
-    except (ValueError, RecursionError) as error:
-        row = f"other text ({error})"
-    expect(isinstance(row, dict), where, "one JSON object of valid characters a line", row)
-    found = {t.annotation: row[t.annotation] for t in TASKS if row.get(t.annotation) is not None}
-    document = Document(row.get("doc_key", key), row.get("sentences"), found)
-    expect(isinstance(document.key, str), where, "a string as doc_key", document.key)
-    for name, x in [("sentences", document.sentences), *found.items()]:
-        lists = isinstance(x, list) and all(isinstance(y, list) for y in x)
-        expect(lists, where, f"{name} as a list of lists", x)
-    for x in chain(*document.sentences):
-        expect(isinstance(x, str) and x.strip(), where, "every word to be a non-empty string", x)
-    ends = np.cumsum([0, *map(len, document.sentences)]).tolist()
-    for name, lists in found.items():
-        here, types = f"{where}, {name}", ROW_TYPES.get(name, "int, int, str")
-        limits = [(0, ends[-1])] * len(lists) if name == "clusters" else [*zip(ends, ends[1:])]
-        expect(len(lists) == len(limits), here,
-               f"one list for each of the {len(limits)} sentences", lists)
-        for x, low, high in [(x, *limit) for rows, limit in zip(lists, limits) for x in rows]:
-            shape = ", ".join(type(y).__name__ for y in x) if isinstance(x, list) else "no list"
-            expect(shape == types and all(low <= a <= b < high for a, b in zip(x[::2], x[1::2])),
-                   here, f"[{types}] with {low} <= start <= end < {high}", x)
-            expect(str(x[-1]).strip(), here, "a label with characters", x)
-        found[name] = [[*dict.fromkeys(map(tuple, rows))] for rows in lists]   # of `document` too
-    clusters = found.get("clusters", [])
-    expect(all(clusters), f"{where}, clusters", "clusters with spans, none empty", clusters)
-    for span, n in Counter(chain(*clusters)).items():
-        expect(n == 1, f"{where}, clusters", "every span in at most one cluster", span)
-    return document
-
-def read_columns(path, annotation):
-    """Documents of one sentence from columns: word first, tag last, a blank line after each."""
-    documents, words, tags = [], [], []
-    for n, line in enumerate([*read_lines(path), ""], 1):
-        line, where = line.strip(" \t\r\n"), f"{path}, line {n}"
-        if line and not line.startswith("-DOCSTART-"):
-            columns = re.split("\t+" if "\t" in line else " +", line)   # words hold others
-            expect(len(columns) > 1 and columns[0].strip(), where, "a word and a tag", line)
-            expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", columns[-1]), where,
-                   "a tag: O, or B-, I-, E-, L-, S- or U- and a label", columns[-1])
-            words.append(columns[0])
-            tags.append(columns[-1])
-        elif words:
-            spans = {annotation: [spans_of(tags)]}
-            documents.append(Document(f"{path}:{n - len(words)}", [words], spans))
-            words, tags = [], []
-    return documents
-
-def spans_of(tags):
-    """[(start, end, label)] of BIO, BIOES or BIOUL tags; ill-formed ones as conlleval does."""
-    spans = []
-    for t, (left, right) in enumerate(zip(["O", *tags], tags)):
-        goes_on = left[0] in "BI" and right[0] in "IEL" and left[2:] == right[2:]
-        if right != "O":
-            spans.append((spans.pop()[0] if goes_on else t, t, right[2:]))
-    return spans
-
-def tags_of(spans, length):
-    """BIOUL tags: begin, inside, outside, unit, last. Of spans that overlap, the longest counts."""
-    tags = ["O"] * length
-    for start, end, label in sorted(spans, key=lambda s: (s[0] - s[1], s)):
-        if {*tags[start:end + 1]} == {"O"}:
-            prefixes = "U" if start == end else "B" + "I" * (end - start - 1) + "L"
-            tags[start:end + 1] = [f"{prefix}-{label}" for prefix in prefixes]
-    return tags
-
-def may_follow(left, right):
-    """Whether one BIOUL tag may come after another: an open span goes on, and nothing else does."""
-    is_open, goes_on = left[0] in "BI", right[0] in "IL"
-    return is_open == goes_on and (not is_open or left[2:] == right[2:])
-
-def outermost(spans):
-    """A non-overlapping subset: those that `tags_of` keeps."""
-    return spans_of(tags_of(spans, 1 + max((end for _, end, _ in spans), default=0)))
-
-def read_vectors(path):
-    """(words, (N, E) float32 array) of a GloVe or word2vec text file: a word, then its numbers."""
-    words, numbers, width = {}, array("f"), None          # numbers in place: the file may be large
-    for n, line in enumerate(read_lines(path), 1):
-        fields = [field for field in line.strip(" \t\r\n").replace("\t", " ").split(" ") if field]
-        if not fields or n == 1 and len(fields) == 2:        # word2vec's first line is two counts
-            continue
-        width = width or len(fields) - 1
-        word = " ".join(fields[:-width]).lower()             # it may hold a space
-        try:
-            vector = array("f", map(float, fields[-width:]))
-            good = word and len(vector) == width and math.fsum(map(abs, vector)) < 1e30
-        except (ValueError, OverflowError):
-            good = False
-        expect(good, f"{path}, line {n}", f"a word and {width or 'its'} numbers", line.strip())
-        if words.setdefault(word, n) == n:                   # its first line
-            numbers += vector
-    expect(words, path, "a word and its numbers on every line", "none")
-    return list(words), np.frombuffer(numbers, dtype=np.float32).reshape(len(words), width)
-
-class ContextualVectors:
-    """The (layers, words, width) arrays that the function `features` in a Python file of the user's
-    returns for sentences, in half precision. Without a file, of 0 layers."""
-
-    def __init__(self, path="", shape=(0, 0)):
-        """shape: (layers, width), if a trained run says what they must be; else the first sentence
-        tells. kept: {sentence: array} of the run, see `keep_features` in train.py."""
-        self.path, self.shape, self.kept = path, shape, {}
-        if path or any(shape):
-            run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
-            expect(Path(path).is_file(), "--features", f"a file{run}", path or "none")
-            with one_line(f"{path}: expected Python code"), torch.no_grad():
-                self.function = runpy.run_path(path).get("features")
-            expect(callable(self.function), path, "a function features(sentences)", "none")
-
-    def __call__(self, sentences):
-        """(layers, words of all sentences, width); empty without a file."""
-        if not self.path:
-            return torch.zeros(0, 0, 0)
-        keys = [tuple(words) for words in sentences]
-        found = self.kept if self.kept.keys() >= {*keys} else self.compute(keys)
-        return torch.cat([found[words] for words in keys], 1)
-
-    def compute(self, sentences, show=lambda done: None):
-        """{tuple of words: tensor}. The function gets 32 sentences of like lengths at a time."""
-        where, found = f"{self.path}: features()", {}
-        sentences = sorted({*sentences})
-        for indices in by_length([len(words) for words in sentences], 32):
-            show(len(found))
-            asked = [sentences[i] for i in indices]
-            with one_line(f"{where}: expected a list of arrays"), torch.no_grad():
-                arrays = self.function([list(words) for words in asked])
-                arrays = [torch.as_tensor(x).detach().cpu() for x in arrays]
-            expect(len(arrays) == len(asked), where, f"{len(asked)} arrays", str(len(arrays)))
-            for words, x in zip(asked, arrays):
-                shape = tuple(x.shape)
-                if not any(self.shape) and len(shape) == 3:
-                    self.shape = shape[0], shape[2]
-                wanted = self.shape[0] or "layers", len(words), self.shape[1] or "width"
-                expect(x.is_floating_point() and shape == wanted, where,
-                       "floats ({}, {} words, {})".format(*wanted), f"{x.dtype} {shape}")
-                expect(x.half().isfinite().all(), where, "finite numbers up to 65504", "others")
-                found[words] = x.half()
-        return found
-
-def by_length(lengths, size):
-    """Lists of up to size indices, those of like lengths together."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[i:i + size] for i in range(0, len(order), size)]
-
-def read_text(path):
-    """One document of raw text. "offsets" has every word's first character and the one after it."""
-    text = "".join(read_lines(path))
-    ends = {m.end() for m in SENTENCE_END.finditer(text) if m[1] and not m[1].islower()}
-    cuts = [0, *sorted({*line_ends(text), *ends})]
-    spans = [[m.span() for m in WORD.finditer(text, a, b)] for a, b in zip(cuts, cuts[1:])]
-    spans = [sentence for sentence in spans if sentence]
-    expect(spans, path, "some text", text)
-    sentences = [[text[a:b] for a, b in sentence] for sentence in spans]
-    return Document(Path(path).stem, sentences, {"offsets": spans})
-
-def line_ends(text):
-    """The offsets at which a line break ends a sentence: before an empty line, and before a capital
-    letter if the line stands alone, as a headline does. Lines of 50 to 100 characters without room
-    for the next word are taken for a paragraph's, in which a line break is a space."""
-    end = 0
-    for paragraph in re.split(r"(?<=\n)(?=[ \t\r]*\n)", text):
-        lines = paragraph.splitlines(keepends=True)
-        sizes = [len(line.rstrip()) for line in lines]
-        longest = max(sizes, default=0)
-        for line, size, after in zip(lines, sizes, [*lines[1:], ""]):
-            end += len(line)
-            capital = after.lstrip(" \t\"'([“‘")[:1].isupper()
-            full = capital and 50 <= size <= 100 and size + len(after.split()[0]) >= longest
-            if not after or capital and not full:
-                yield end
-
-def cut_sentences(document, where, longest=300):
-    """The document with its sentences cut to `longest` words, as relations need memory for every
-    pair of tokens. A cut document loses its annotations, so --columns has no gold for it."""
-    if max(map(len, document.sentences), default=0) <= longest:
-        return document
-    print(f"{where}: cut: a sentence of more than {longest} words", file=sys.stderr)
-    def pieces(rows):
-        return [row[i:i + longest] for row in rows for i in range(0, len(row), longest)]
-    kept = {k: pieces(rows) for k, rows in document.annotations.items() if k == "offsets"}
-    return Document(document.key, pieces(document.sentences), kept)
-
-def choose_tasks(names):
-    """Fresh copies of the named tasks, without data, the simplest first."""
-    return [replace(task) for task in TASKS if task.name in names]
-
-def builtin_split(split, task):
-    """The built-in documents: dev and test are the same for all tasks, train is the task's own."""
-    expect(task.name in ("ner", "emd", "rel", "coref"), f"--data: {task.name}", "a folder",
-           "none; the built-in corpus is for other tasks")
-    size, seed = {"train": (task.builtin_size, [0, *task.name.encode()]),
-                  "dev": (60, [1]), "test": (100, [2])}[split]
-    return builtin_documents(size, np.random.default_rng(seed), f"{task.name}-{split}")
 
 def builtin_documents(n, rng, name="news"):
     """n invented news documents, annotated for all four tasks, from a numpy random generator."""
@@ -634,75 +800,52 @@ def builtin_document(key, rng):
     document, named = Document(key, [], {"ner": [], "emd": [], "relations": []}), []
     for n in range(5):                             # the last templates refer back
         template, relations = pick(TEMPLATES if n else TEMPLATES[:-6])
-        template = re.sub(r"\(([^)]*)\)", lambda m: pick(m[1].split("|")), template)
-        named = add_sentence(document, template.split(), relations, cast, named, rng)
+        template = re.sub(r"\((.*?)\)", lambda m: pick(m[1].split("|")), template)
+        previous, named, words, spans, offset = named, [], [], {}, len(document)
+        for symbol in template.split():
+            form, kind = [symbol], KINDS.get(symbol.upper())
+            if kind:                               # a slot
+                who = pick([x for x in cast if x["kind"] == kind and x not in named])
+                recent = [x for x in previous if x["kind"] == kind and symbol.islower()]
+                who = recent[0] if recent and recent[0] not in named else who
+                form = who["short"] if who["mentions"] else who["full"]
+                alike = [x for x in recent if x["gender"] == who["gender"]]
+                if alike == [who] and rng.random() < 0.8:
+                    form = [who["gender"]]         # a nominal does not tell he from she
+                    form = who["nominal"] if recent == [who] and rng.random() < 0.4 else form
+                start = offset + len(words)
+                spans[symbol] = start, start + len(form) - 1
+                who["mentions"].append(spans[symbol])
+                named.append(who)
+            words += form
+        document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
+        emd = [(*span, KINDS[symbol.upper()]) for symbol, span in spans.items()]
+        document.annotations["emd"].append(emd)
+        document.annotations["ner"].append([x for x in emd if words[x[0] - offset].istitle()])
+        triples = re.findall(r"(\w) (\w+) (\w)", relations)
+        related = [(*spans[a], *spans[b], label) for a, label, b in triples]
+        document.annotations["relations"].append(related)
     document.annotations["clusters"] = [x["mentions"] for x in cast if len(x["mentions"]) > 1]
     return document
 
-def add_sentence(document, template, relations, cast, previous, rng):
-    """Fills the template's slots and adds the sentence; returns the entities it names."""
-    offset, words, spans, named = len(document), [], {}, []
-    for symbol in template:
-        form, kind = [symbol], KINDS.get(symbol.upper())
-        if kind:
-            free = [x for x in cast if x["kind"] == kind and x not in named]
-            recent = [x for x in previous if x["kind"] == kind and symbol.islower()]
-            who = free[rng.integers(len(free))]
-            who = recent[0] if recent and recent[0] in free else who
-            form = who["short"] if who["mentions"] else who["full"]
-            if [x for x in recent if x["gender"] == who["gender"]] == [who] and rng.random() < 0.8:
-                form = [who["gender"]]             # a nominal does not tell he from she
-                form = who["nominal"] if recent == [who] and rng.random() < 0.4 else form
-            start = offset + len(words)
-            spans[symbol] = start, start + len(form) - 1
-            who["mentions"].append(spans[symbol])
-            named.append(who)
-        words += form
-    emd = [(*span, KINDS[symbol.upper()]) for symbol, span in spans.items()]
-    ner = [row for row in emd if words[row[0] - offset].istitle()]      # only names are
-    related = [(*spans[a], *spans[b], r) for a, r, b in re.findall(r"(\w) (\w+) (\w)", relations)]
-    for key, rows in (("ner", ner), ("emd", emd), ("relations", related)):
-        document.annotations[key].append(rows)
-    document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
-    return named
-
-JSON_SUFFIXES = (".json", ".jsonl", ".jsonlines")
-COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}
-ROW_TYPES = {"relations": "int, int, int, int, str", "clusters": "int, int"}    # else int, int, str
-# Raw text. After an abbreviation, an initial or "...", a sentence ends only before a STARTER.
-ABBREVIATION = (r"(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|Prof|St|Mt|Ft|Gen|Sen|Rep|Gov|Lt|Col|Capt|Sgt|Maj"
-                r"|Adm|Cmdr|Rev|Hon|Atty|Jr|Sr|Inc|Co|Corp|Ltd|Plc|Bros|Ave|vs|etc"
-                r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|(?:No|[Pp]|Fig)(?=\.\s*\d)"
-                r"|[A-Za-z]{1,2}(?:\.[A-Za-z])+|[A-Z](?=\.\s*\S))\.)")
-STARTER = (r"(?:The|An?|This|That|These|Those|He|She|It|They|We|I|You|His|Her|Its|Their|Our|My|In"
-           r"|On|At|By|From|For|With|As|After|Before|When|While|If|But|And|Or|So|There|However)\b")
-WORD = re.compile(
-    r"(?:https?://|www\.)\S*[\w/]|[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+|" + ABBREVIATION
-    + r"|[$€£]?\d+(?:[.,:/]\d+)*(?:%|\w*)(?:-\w+)*|[ODLdl]['’][A-Z]\w+(?:-\w+)*"
-    r"|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|ll|re|ve|d|m)\b|\w+(?:[-&]\w+)*|\.{2,}|--+|\S")
-# The first alternative passes over what ends no sentence; group 1 is the next's first character.
-SENTENCE_END = re.compile(
-    r"(?:" + ABBREVIATION + r"|\.{2,}|…)(?![.!?]|[\"')\]”’]*\s+[\"'(\[“‘]*" + STARTER + ")"
-    r"|(?<![.!?…])[.!?…]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))")
-# The built-in corpus: invented news. A name is a stem and an ending. Most endings tell the type, so
-# a new name can be classified; AMBIGUOUS names only by the sentence. "P of X" is a job if X is an
-# organisation, a home if it is a place: the model must know the type, which a few relations cannot
-# teach it. "P left O for N" relates P to N alone. Relations hold between names. Pronouns and
-# nominals refer to the only entity of their type and gender in the sentence before.
+# The built-in corpus. Most endings tell the type of a name, AMBIGUOUS names have it only from the
+# sentence. "P of X" is a job if X is an organisation, a home if it is a place; "P left O for N"
+# relates P to N alone. Relations hold between names. Pronouns and nominals refer to the only
+# entity of their type and gender in the sentence before.
 STEMS = """ab al an ar bal bel ber bor bran cal car cor dal dan del dor dun el er fal fen for gal
  gar gor hal har hol il jan jor kal kel kir kor lam len lin lor mal mar mel mor nal nar nel nor ol
  or pal pel por ral ran rel ros sal sar sel sor tal tar tel tor ul val ver vil vor wal wen wil yar
  yor zal zen zor""".split()
 ENDINGS = {"PER": """ez man son ova ski sen ini elli ard win wick smith field er ak uk ian oglu
-            dottir strom quist berg eau off enko vic ert olf ano ides""".split(),
+ dottir strom quist berg eau off enko vic ert olf ano ides""".split(),
            "ORG": """ex tron soft corp tech dyne gen mart net bank air oil gas bus com pharm media
-            chem sys link works line flex star data lab mobil nova tel um""".split(),
+ chem sys link works line flex star data lab mobil nova tel um""".split(),
            "LOC": """ville stad burg ia ton ford mouth shire port land pool bury grad polis stan
-            berg field hampton dale wood ham by heim hafen ica aria mere brook ora ino""".split()}
+ berg field hampton dale wood ham by heim hafen ica aria mere brook ora ino""".split()}
 FIRST_NAMES = {"she": """Ada Anna Clara Dora Elena Emma Eva Fiona Greta Hanna Ida Ines Irene Julia
-     Karen Laura Lena Lucy Maria Nina Nora Olga Paula Rita Rosa Sara Sofia Tina Vera Zoe""".split(),
+ Karen Laura Lena Lucy Maria Nina Nora Olga Paula Rita Rosa Sara Sofia Tina Vera Zoe""".split(),
                "he": """Adam Alan Boris Carl David Emil Eric Felix Frank George Hugo Igor Ivan Jack
-     James Karl Leo Luis Mark Max Nick Oscar Otto Paul Peter Ralph Simon Tom Victor""".split()}
+ James Karl Leo Luis Mark Max Nick Oscar Otto Paul Peter Ralph Simon Tom Victor""".split()}
 AMBIGUOUS = """Austin Benton Carson Chester Clinton Dayton Denver Florence Ford Georgia Hamilton
  Houston Jackson Jordan Lincoln Madison Marshall Milton Orlando Paris Preston Sidney Stanley
  Victoria Warwick""".split()

@@ -1,37 +1,31 @@
-"""Training: one task is drawn per step. Read tasks.py and hmtl.py before.
+"""Training: every step trains one task, which is drawn. Read tasks.py and hmtl.py before.
 
     python train.py --tasks ner rel                       # the built-in corpus
     python train.py --tasks ner rel --data DIR --vectors glove.txt
     python train.py --run runs/ner-rel --resume           # go on after any interruption
     python train.py --run runs/ner-rel --predict FILE     # raw text, or - for standard input
 
-The algorithm of the paper is `MultiTaskTrainer.train_epoch`: draw a task with a probability
-proportional to its batches, take its next batch, make one step of that task's own optimizer over
-the whole model. Every task is scored on dev after every epoch, keeps its best weights, and training
-ends when no task improves.
+An epoch has as many steps as all tasks together have training batches. A step draws a task, in
+proportion to its batches, and makes one step of its optimizer on its next batch. After every
+epoch each task is scored on dev, and its best weights are kept. Training ends when no task has
+improved for `patience` epochs.
 
-Every epoch seeds itself from (seed, epoch), the order of a task's batches from (seed, task, pass
-over its data). So no generator state is saved, and a resumed run equals an uninterrupted one bit
-for bit (on a CPU).
-
-Left out for the reader's sake, below the banner: processes, files, the screen, the command line.
+Below the line "Skip this on a first reading" stand settings, variants, files and the screen.
 """
 
 import argparse
-import inspect
 import json
+import math
 import os
 import re
 import shlex
-import sqlite3
 import sys
 import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +33,15 @@ import torch
 import torch.distributed as dist
 from torch import nn, optim
 
-from hmtl import (HIERARCHY, HMTL, QuestionHead, Settings, SpanQuestions, Tagger, annotate,
-                  argument_tagger)
-from tasks import (JSON_SUFFIXES, ContextualVectors, Document, InputError, Vocabulary, choose_tasks,
-                   cut_documents, cut_sentences, expect, file_of, label_errors, label_scores,
-                   make_batch, one_line, outermost, read_annotated, read_documents, read_text,
-                   read_vectors, suffix_of, tags_of, to_json)
+from hmtl import HIERARCHY, SHARINGS, Tagger, annotate
+from tasks import (JSON_SUFFIXES, ContextualVectors, InputError, Vocabulary,
+                   choose_tasks, cut_sentences, expect, file_of, make_batch, one_line, per_task,
+                   read_annotated, read_documents, read_text, read_vectors, spans_of, suffix_of,
+                   tags_of, to_json)
 
 # ------------------------------------------------------------------------------- which task next
-
 def sampling_probabilities(schedule, n_batches):
-    """p_task = batches of the task / batches of all tasks; or the same for all."""
+    """A task's batches / the batches of all tasks. With "uniform", the same for all tasks."""
     shares = np.ones(len(n_batches)) if schedule == "uniform" else np.array(n_batches)
     return shares / shares.sum()
 
@@ -59,44 +51,34 @@ def choose_task(sampling_prob, rng):
     return int(draw.argmax())
 
 def plan_epoch(schedule, n_batches, rng):
-    """The index of the task of every step of an epoch: as many steps as there are batches in all.
-
-    proportional  drawn in proportion to the tasks' batches (the paper)
-    uniform       drawn evenly
-    successive    one task after the other, the lowest first (Hashimoto et al. 2017); the trainer
-                  then holds the shared parameters near their values at the end of the task before
-    """
-    if schedule == "successive":
-        return [task for task, n in enumerate(n_batches) for _ in range(n)]
+    """For every step of an epoch, the index of the task to train."""
+    # Tasks with 3, 2 and 1 batches have epochs of 6 steps, such as [0, 1, 0, 0, 2, 1].
     sampling_prob = sampling_probabilities(schedule, n_batches)
     return [choose_task(sampling_prob, rng) for _ in range(sum(n_batches))]
 
-# --------------------------------------------------------------------------------- when to stop
-
+# ------------------------------------------------------------------------------------ the trainer
 def best_epoch(scores):
-    """The index of the best of a list of scores, the first of equals."""
+    """The index of the best score; of equal ones, the first."""
     return scores.index(max(scores))
 
 def epochs_waited(scores):
-    """Epochs since the best score. While a task's score is still 0 its patience is not used up."""
+    """The number of epochs since the best score."""
+    # A task whose score is still 0 has not begun to learn. It does not use up its patience.
     return len(scores) - 1 - best_epoch(scores) if any(scores) else 0
 
-# ------------------------------------------------------------------------------------ the trainer
-
-def evaluate(model, vocabulary, task, documents, size=32):
-    """The scores of one task on documents that carry its annotation."""
+def evaluate(model, vocabulary, task, documents):
+    """The scores of one task on annotated documents: {score name: percent}."""
     model.eval()
-    model.get_metrics(task.name, reset=True)                     # forgets what was scored before
-    documents = own_share(sorted(documents, key=len))            # all, in a single process
-    size = task.documents_per_batch(size)
+    model.get_metrics(task.name, reset=True)                     # forget what was scored before
+    documents = sorted(documents, key=len)
+    size = task.documents_per_batch(32)
     for i in range(0, len(documents), size):
         batch = make_batch(documents[i:i + size], vocabulary).to(model.device())
-        model(task.name, batch)                                  # adds to its metric
-    add_up_processes(model.metrics[task.name])                   # nothing, in a single process
+        model(task.name, batch)                                  # counts its predictions
     return model.get_metrics(task.name)
 
 class MultiTaskTrainer:
-    """Trains an HMTL model on several tasks, and keeps the run in a folder."""
+    """Trains a model on several tasks, and keeps the run in a folder."""
 
     def __init__(self, model, tasks, vocabulary, settings, folder):
         self.model = model
@@ -104,82 +86,91 @@ class MultiTaskTrainer:
         self.vocabulary = vocabulary
         self.settings = settings
         self.folder = Path(folder)
-        # One Adam per task, each over the whole model: it divides by the size of that task's own
-        # gradients, so no task needs a weight for its loss.
-        self.optimizers = {task.name: optim.Adam(model.parameters(), settings.lr, fused=True)
-                           for task in tasks}
-        # The plateau rule: halve a task's rate after more than lr_patience epochs without a best.
-        self.lr_schedulers = {
-            name: optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, threshold=0,
-                                                       patience=settings.lr_patience)
-            for name, optimizer in self.optimizers.items()}
-        self.shared = shared_parameters(model)
-        self.anchor = None            # if "successive": these at the end of the task before
-        self.steps = {task.name: 0 for task in tasks}
-        self.history = []             # a dict per epoch, as in log.jsonl: best and stop follow
-        self.checksums = checksums(tasks)
+        # One Adam per task, over all weights. Adam divides a step by the running size of the
+        # gradients, here of one task. So the scales of the losses do not matter, and no loss
+        # needs a weight. (fused: one operation for all weights, which is faster.)
+        self.optimizers, self.lr_schedulers = {}, {}
+        for task in tasks:
+            adam = optim.Adam(model.parameters(), settings.lr, fused=True)
+            self.optimizers[task.name] = adam
+            # The plateau rule: halve the learning rate after too many epochs without a new best.
+            self.lr_schedulers[task.name] = optim.lr_scheduler.ReduceLROnPlateau(
+                adam, "max", factor=0.5, threshold=0, patience=settings.lr_patience)
+        self.start_batches(steps={})
+        self.history = []             # for every epoch its losses, dev scores, learning rates
+        self.best = {}                # {task name, or "mean" of all: weights of the best epoch}
+        self.saved = False            # whether the folder holds the run
+
+    def start_batches(self, steps):
+        """steps: {task name: the number of steps so far}. Each step draws one batch."""
+        self.steps = {}
+        self.batches = {}
+        for task in self.tasks:
+            start = steps.get(task.name, 0)
+            self.steps[task.name] = start
+            self.batches[task.name] = task.batches(self.settings.batch_size, self.settings.seed,
+                                                   start)
 
     def train(self, n_epochs):
-        """Trains until epoch n_epochs, or until every task has run out of patience."""
-        self.n_epochs = n_epochs
-        with locked(self.folder):
-            start_run(self)
-            while len(self.history) < n_epochs and not self.finished():
-                self.started = time.time()
-                losses = self.train_epoch(len(self.history))
-                self.score_epoch(losses)
-                save_run(self)
-                print_epoch(self)
+        """Trains until epoch number n_epochs, or until no task improves any more."""
+        start_run(self)
+        while len(self.history) < n_epochs and not self.out_of_patience():
+            started = time.time()
+            losses = self.train_epoch(len(self.history))
+            self.score_epoch(losses)
+            end_epoch(self, time.time() - started, n_epochs)
 
     def train_epoch(self, epoch):
-        """As many steps as there are training batches in all. Returns {drawn task: mean loss}."""
+        """As many steps as there are training batches in all. Returns {task: mean loss}."""
+        # Every epoch seeds itself, so that a resumed run draws the numbers of an uninterrupted one.
         rng = np.random.default_rng([self.settings.seed, epoch])
-        rank, _ = processes()                             # every process has its own dropout
-        torch.manual_seed(int(rng.integers(2 ** 63)) + rank)
-        n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
-        plan = plan_epoch(self.settings.schedule, n_batches, rng)
-        losses = {}
+        torch.manual_seed(int(rng.integers(2 ** 63)))
         self.model.train()
-        for step, (previous, index) in enumerate(zip([None, *plan], plan), 1):
-            if self.settings.schedule == "successive" and index != previous:
-                set_anchor(self)
+        losses = {}
+        for index in self.plan(rng):
             task = self.tasks[index]
             loss = self.train_step(task)
             losses.setdefault(task.name, []).append(loss)
-            show_step(self, step, len(plan), loss)
         return {name: float(torch.stack(values).mean()) for name, values in losses.items()}
 
+    def plan(self, rng):
+        n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
+        return plan_epoch(self.settings.schedule, n_batches, rng)
+
     def train_step(self, task):
-        """One step on the task's next batch; the loss, as a tensor."""
-        # The next batch, or this process's share of it.
-        documents = task.batch(self.steps[task.name], self.settings.batch_size, self.settings.seed)
-        self.steps[task.name] += 1
-        documents, weight = weighted_share(documents)        # all, and 1, in a single process
+        """One step on the next batch of a task. Returns the loss, a tensor."""
+        # The next batch, as tensors.
+        documents = next(self.batches[task.name])
         batch = make_batch(documents, self.vocabulary).to(self.model.device())
-
-        # Its gradient, of norm `clip` at most.
-        self.model.zero_grad()               # to None: Adam skips what the task does not use
-        loss = self.model(task.name, batch)["loss"] * weight
+        self.steps[task.name] += 1
+        # The gradient, with a norm of at most `clip`. zero_grad sets all gradients to None. Those
+        # of weights that the task does not use stay None, and Adam leaves these weights alone.
+        self.model.zero_grad()
+        loss = self.loss(task, batch)
         loss.backward()
-        loss = add_up(loss, self.model)      # it, and the gradients, of all processes
-        if self.anchor:
-            hold_to_anchor(self)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        refuse_non_finite(self, task, loss, norm)
-
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         # One step of the task's own optimizer.
         self.optimizers[task.name].step()
-        return loss
+        return loss.detach()
+
+    def loss(self, task, batch):
+        return self.model(task.name, batch)["loss"]
 
     def score_epoch(self, losses):
-        """Scores every task on dev; the plateau rule may then halve its learning rate."""
-        rates = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
+        """Scores every task on dev, keeps the best weights, and applies the plateau rule."""
+        rates = {name: adam.param_groups[0]["lr"] for name, adam in self.optimizers.items()}
         dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
         self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
                              "loss": losses, "dev": dev, "lr": rates})
+        # Keep the weights for every task that is at its best, and if the mean of all is.
+        weights = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
+        for name, scores in self.watched_scores().items():
+            if best_epoch(scores) == len(scores) - 1:
+                self.best[name] = weights
+        # The plateau rule. A task whose score is still 0 keeps its learning rate.
         for task in self.tasks:
             scores = self.dev_scores(task)
-            if any(scores):                         # while it is still 0 it keeps its rate
+            if any(scores):
                 self.lr_schedulers[task.name].step(scores[-1])
 
     def evaluate(self, task, split):
@@ -187,241 +178,338 @@ class MultiTaskTrainer:
         return evaluate(self.model, self.vocabulary, task, task.data[split])
 
     def dev_scores(self, task):
-        """The score that training watches, of every epoch; negated if it should decrease."""
+        """The dev score that decides, of every epoch; negated if it should decrease."""
         sign = -1 if task.validation_metric_decreases else 1
-        return [sign * row["dev"][task.name][task.validation_metric_name] for row in self.history]
+        name = task.validation_metric_name
+        return [sign * epoch["dev"][task.name][name] for epoch in self.history]
 
-    def mean_scores(self):
-        return [sum(row) / len(row) for row in zip(*map(self.dev_scores, self.tasks))]
+    def watched_scores(self):
+        """{task name: its dev scores, and "mean": their mean over the tasks}."""
+        scores = {task.name: self.dev_scores(task) for task in self.tasks}
+        means = np.mean(list(scores.values()), axis=0)
+        return {**scores, "mean": means.tolist()}
 
-    def finished(self):
-        waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks]
-        return bool(self.history) and min(waited) >= self.settings.patience
+    def out_of_patience(self):
+        """Has no task improved for `patience` epochs?"""
+        waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks if self.history]
+        return min(waited, default=0) >= self.settings.patience
+
+    def final_scores(self):
+        """{task name: {"own_best", "one_model": {"dev", "test": scores}}}."""
+        # own_best: each task has its own best weights, as in the paper. one_model: those of the
+        # best mean, which stay loaded.
+        results = {}
+        for task in self.tasks:
+            row = results[task.name] = {}
+            for kind, name in ("own_best", task.name), ("one_model", "mean"):
+                self.model.load_state_dict(self.best[name])
+                row[kind] = {split: self.evaluate(task, split) for split in ("dev", "test")}
+        return results
+
+# ------------------------------------------------------------------------------------ a whole run
+def run(settings, folder, features=""):
+    """Builds the model, trains it and scores it. Returns the trainer and the scores."""
+    tasks, vocabulary, model = build(settings, features)
+    trainer = new_trainer(model, tasks, vocabulary, settings, folder)
+    trainer.train(settings.epochs)
+    return trainer, trainer.final_scores()
+
+def build(settings, features=""):
+    """(tasks with their data, vocabulary, model). features: the user's contextual vectors."""
+    tasks, vectors, contextual, device = load_inputs(settings, features)
+    documents = [document for task in tasks for document in task.data["train"]]
+    labels = {task.name: task.labels() for task in tasks}
+    vocabulary = Vocabulary.from_documents(documents, vectors[0] if vectors else ())
+    torch.manual_seed(settings.seed)
+    model = SHARINGS[settings.sharing](tasks, labels, vocabulary, settings, vectors, contextual)
+    return tasks, vocabulary, model.to(device)
 
 # ================================================================================================
-# Skip this on a first reading: the practical side.
+# Skip this on a first reading: settings, variants, files, the screen, the command line.
 # ================================================================================================
 
-class Stopped(Exception):
-    """Why a run stopped early, in one line."""
+def setting(default, help, low=1, high=1e9, choices=None):
+    """A field of the settings: its default, the help of its flag, its possible values."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
-def refuse_non_finite(trainer, task, loss, norm):
-    """Stops the run before a step that would spoil the weights."""
-    if not (loss + norm).isfinite():
-        step, good = trainer.steps[task.name], len(trainer.history)
-        raise Stopped(f"{trainer.folder}: the loss or gradient of {task.name} is not finite at its "
-                      f"step {step}, in epoch {good + 1}; checkpoint.pt is good and holds epoch "
-                      f"{good}")
+@dataclass
+class Settings:
+    """All settings of a run. Each of them is a flag."""
+    # the data
+    tasks: tuple = setting((), "tasks (default: those that the data carry)", choices=HIERARCHY)
+    data: tuple = setting((), "DIR for all tasks, TASK=DIR for one (default: the built-in corpus)")
+    vectors: str = setting("", "file of word vectors in the text format of GloVe or word2vec")
+    max_tokens: int = setting(4000, "longer training documents of coreference are cut")
+    # the model
+    sharing: str = setting("hierarchical", "how tasks share encoders: as in the paper; one stack "
+                           "(flat); complex tasks below (inverted); every head reads a mixture of "
+                           "all (latent); one stack, one head for names and relations (question)",
+                           choices=SHARINGS)
+    encoder: tuple = setting(("1x200",), "layers x units per direction, or TASK=2x64 for one task")
+    word_dim: int = setting(100, "width of word vectors, without --vectors")
+    char_dim: int = setting(16, "width of character vectors")
+    char_filters: int = setting(64, "filters of the char CNN")
+    contextual_dim: int = setting(200, "width to which --features are projected; 0: as they are", 0)
+    dropout: float = setting(0.5, "dropout of words, LSTM layers, coreference spans", 0, 0.99)
+    rare: int = setting(1, "a word in at most this many training documents is rare", 0)
+    unknown: float = setting(0.5, "probability that a rare word is unknown in training", 0, 1)
+    relation_units: int = setting(128, "hidden units of the relation head")
+    coref_units: int = setting(150, "hidden units of the coreference head")
+    max_span: int = setting(8, "words in the longest span of coreference", 1, 1000)
+    spans_per_token: float = setting(0.4, "spans that coreference keeps, per token", 1e-9)
+    antecedents: int = setting(70, "how many kept spans back an antecedent is looked for")
+    # the training
+    batch_size: int = setting(16, "sentences in a batch; coreference reads one document")
+    lr: float = setting(2e-3, "learning rate of every task's Adam", 1e-9)
+    clip: float = setting(5.0, "largest norm of the gradient", 1e-9)
+    schedule: str = setting("proportional", "how the task of a step is chosen: in proportion to its "
+                            "batches, evenly (uniform), one task after the other (successive)",
+                            choices=["proportional", "uniform", "successive"])
+    successive_delta: float = setting(1e-2, "how strongly successive holds the shared weights", 0)
+    epochs: int = setting(40, "largest number of epochs")
+    patience: int = setting(20, "stop when no task has improved for this many epochs")
+    lr_patience: int = setting(4, "halve a task's learning rate when its dev score has not improved "
+                               "for more than this many epochs", 0)
+    seed: int = setting(0, "all random numbers follow from it", 0, 2 ** 63 - 1)
+    threads: int = setting(1, "threads of the CPU; several are slow beside a busy program", 1, 1024)
+    device: str = setting("", "such as cpu or cuda:1 (default: a GPU, if there is one)")
 
-def shared_parameters(model):
-    """Those of embedder and encoders, and of heads that share their layers, each once."""
-    asked = nn.ModuleList(h for h in model.heads.values() if isinstance(h, QuestionHead))
-    return [p for part in (model.embedder, model.encoders, asked) for p in part.parameters()]
+def check_settings(settings):
+    """Refuses values that no model can be built from."""
+    for f in fields(settings):
+        flag, value, kind = flag_of(f.name), getattr(settings, f.name), f.type
+        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+        good = isinstance(value, (int, float) if kind is float else kind)
+        expect(good, flag, f"a value of type {kind.__name__}", shown(value))
+        if kind in (int, float):
+            expect(low <= value <= high, flag, f"a number from {low:g} to {high:g}", shown(value))
+        for choice in (value if kind is tuple else [value]) if choices else []:
+            expect(choice in choices, flag, f"one of {', '.join(choices)}", choice)
+    for size in settings.encoder:
+        expect(re.fullmatch(r"(.+=)?[1-9]\d?x[1-9]\d{,4}", size), "--encoder", "sizes such as 2x64", size)
 
-def set_anchor(trainer):
-    """Remembers the shared parameters at the end of a task; there is none before the first."""
-    if any(trainer.steps.values()):
-        trainer.anchor = [parameter.detach().clone() for parameter in trainer.shared]
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
-def hold_to_anchor(trainer):
-    """Adds the gradient of delta |shared - anchor|^2 (Hashimoto et al. 2017, section 3)."""
-    for parameter, anchor in zip(trainer.shared, trainer.anchor):
-        if parameter.grad is not None:
-            parameter.grad += 2 * trainer.settings.successive_delta * (parameter.detach() - anchor)
+def shown(value):
+    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
 
-# Several processes (torchrun): all draw the same task, each takes its share; the first writes.
-def processes():
-    """(rank, world size): the number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def chosen_tasks(settings):
+    """settings.tasks, or else the tasks whose annotation the training documents carry."""
+    named = [item.split("=")[0] for item in settings.data if "=" in item]
+    if settings.tasks or not settings.data or len(named) == len(settings.data):
+        return settings.tasks or tuple(named) or ("ner", "emd", "rel", "coref")
+    folder = next(item for item in settings.data if "=" not in item)
+    keys = {key for d in read_annotated(file_of(folder, "train"), "ner") for key in d.annotations}
+    return tuple(task.name for task in choose_tasks(HIERARCHY)
+                 if task.annotation in keys or task.name in named)
 
-def own_share(documents):
-    """The documents of this process, from a list in the order of lengths. It is dealt back and
-    forth, to two processes 0 1 1 0 0 1 1 0 ...: so their shares take about the same time."""
-    rank, n = processes()
-    turns = [*range(n), *reversed(range(n))]
-    return [d for i, d in enumerate(documents) if turns[i % (2 * n)] == rank]
+# Other trainers.
+class SuccessiveTrainer(MultiTaskTrainer):
+    """One task after the other in every epoch, the lowest first. The loss of a task holds the
+    shared weights near those after the task before (Hashimoto et al. 2017, section 3)."""
 
-def weighted_share(documents):
-    """This process's documents, and their share of the batch: a loss is a mean over documents, so
-    the weighted losses add up to that of the batch. Without any, the first, with weight 0: all
-    processes must have gradients of the same parameters."""
-    own = own_share(documents)
-    return own or documents[:1], len(own) / len(documents)
+    def __init__(self, model, *arguments):
+        super().__init__(model, *arguments)
+        uses = Counter(id(p) for head in model.heads.values() for p in {*head.parameters()})
+        self.shared = [p for p in model.parameters() if uses[id(p)] != 1]    # not of one head alone
+        self.before = None                           # the task of the last step
 
-def add_up(loss, model):
-    """The loss, and in place every p.grad, becomes its sum over the processes. With one vector, two
-    processes with batches of 32 read 1.6 times the sentences a second of one with batches of 16,
-    with torch's DistributedDataParallel 1.5 times."""
-    values = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    def plan(self, rng):
+        n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
+        return [index for index, n in enumerate(n_batches) for _ in range(n)]
+
+    def loss(self, task, batch):
+        if task.name != self.before:                 # before the very first task there is none
+            held = self.shared if sum(self.steps.values()) > 1 < len(self.tasks) else []
+            self.anchor, self.before = [p.detach().clone() for p in held], task.name
+        drift = sum(((p - a) ** 2).sum() for p, a in zip(self.shared, self.anchor))
+        return super().loss(task, batch) + self.settings.successive_delta * drift
+
+class ParallelTrainer(MultiTaskTrainer):
+    """Several processes, started by torchrun: all draw the same task, each takes its share of the
+    batch, and torch averages the gradients. The first process writes and prints."""
+
+    def __init__(self, model, *arguments):
+        super().__init__(model, *arguments)
+        self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
+                                                            broadcast_buffers=False)
+
+    def start_batches(self, steps):
+        super().start_batches(steps)
+        rank, n = dist.get_rank(), dist.get_world_size()
+        for name, batches in self.batches.items():
+            self.batches[name] = (batch[rank::n] or batch[:1] for batch in batches)
+
+    def loss(self, task, batch):
+        return self.parallel(task.name, batch)["loss"]
+
+def new_trainer(model, tasks, vocabulary, settings, folder):
+    """The trainer for the schedule and the number of processes."""
+    kind = SuccessiveTrainer if settings.schedule == "successive" else MultiTaskTrainer
     if dist.is_initialized():
-        added = nn.utils.parameters_to_vector(values)
-        dist.all_reduce(added)
-        nn.utils.vector_to_parameters(added, values)
-    return values[0]
+        expect(kind is MultiTaskTrainer, "--schedule", "another one with torchrun", "successive")
+        kind = ParallelTrainer
+    return kind(model, tasks, vocabulary, settings, folder)
 
-def gathered(value):
-    """The value of every process."""
-    values = [value] * processes()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+# Building, from settings or from the files of a run.
+def load_inputs(settings, features):
+    """Tasks with documents, (words, vectors) of a file or None, contextual vectors, the device."""
+    tasks, contextual, vectors = load_tasks(settings), ContextualVectors(features), None
+    if settings.vectors:
+        vectors = words, values = read_vectors(settings.vectors)
+        settings.word_dim, table = values.shape[1], {*words}       # the file's width counts
+        documents = chain(*(task.data["train"] for task in tasks))
+        share = np.mean([w.lower() in table for d in documents for w in chain(*d.sentences)])
+        expect(share > 0, settings.vectors, "words of the training documents", "none")
+        print(f"{settings.vectors}: vectors for {share:.1%} of the training tokens")
+    contextual.keep(tasks)
+    return tasks, vectors, contextual, device_of(settings)
 
-def add_up_processes(metric):
-    shares = gathered((metric.sums, metric.confusions))
-    metric.sums, metric.confusions = {}, sum((pairs for _, pairs in shares), Counter())
-    for counts, _ in shares:
-        metric.add(counts)
+def load_tasks(settings):
+    """The chosen tasks with their documents."""
+    check_settings(settings)
+    settings.tasks = chosen_tasks(settings)
+    tasks = choose_tasks(settings.tasks)
+    folders = per_task(settings.data, settings.tasks, "--data") if settings.data else {}
+    for task in tasks:
+        task.load_data(folders.get(task.name), settings.max_tokens, [t.annotation for t in tasks])
+    return tasks
 
-# The files of a run, in the order of writing: log, checkpoint, best weights. After a kill, --resume
-# writes log and best weights again, from the checkpoint.
-def checksums(tasks):
-    """{task: {split: checksum of its documents}}."""
-    return {task.name: {split: sha256(repr([(d.sentences, d.annotations) for d in x]).encode())
-                        .hexdigest() for split, x in task.data.items()} for task in tasks}
+def device_of(settings):
+    """Sets the number of threads. Returns the device; under torchrun, each process has its GPU."""
+    torch.set_num_threads(settings.threads)
+    name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    with one_line(f"--device {name}"):
+        torch.zeros(1, device=name).tolist()             # an error if there is no such device
+    return torch.device(name)
 
+def load_run(folder, features="", **changes):
+    """(model, vocabulary) of a run, to predict with. changes: device, threads."""
+    return restored(load(Path(folder, "model.pt")), folder, features, changes)[:2]
+
+def resume(folder, features="", **changes):
+    """The trainer of a run. changes: epochs, patience, device, threads, the place of the data."""
+    state = load(Path(folder, "checkpoint.pt"))
+    model, vocabulary, settings = restored(state, folder, features, changes)
+    done = len(state["history"])
+    expect(settings.epochs >= done, "--epochs", f"at least the {done} of the run",
+           str(settings.epochs))
+    tasks = load_tasks(settings)
+    expect(state["data"] == checksum(tasks), "--resume", "the documents of the run", "others")
+    model.embedder.contextual.keep(tasks)
+    trainer = new_trainer(model, tasks, vocabulary, settings, folder)
+    for name, adam in trainer.optimizers.items():
+        adam.load_state_dict(state[f"optimizer {name}"])
+        trainer.lr_schedulers[name].load_state_dict(state[f"lr_scheduler {name}"])
+    trainer.start_batches(state["steps"])
+    trainer.history, trainer.best = state["history"], state["best"]
+    print_start(trainer)
+    save_run(trainer)                                # after a kill, the other files may be older
+    return trainer
+
+def restored(state, folder, features, changes):
+    """(model, vocabulary, settings) from what `model_state` saved, with those that may change."""
+    with one_line(f"{folder}: expected files of train.py"):
+        settings, words, vectors = Settings(**state["settings"]), [], None
+        expect(HIERARCHY.keys() >= {*settings.tasks}, folder, "the script that defines its tasks",
+               " ".join(settings.tasks))
+        for name, value in changes.items():
+            old, free = getattr(settings, name), ("epochs", "patience", "device", "data", "threads")
+            same = name in free or value == old
+            expect(same, flag_of(name), f"{shown(old)}, as in the run", shown(value))
+        settings = replace(settings, **changes)
+        check_settings(settings)
+        if settings.vectors:                                     # these are stored apart, once
+            vectors = words, _ = load(Path(folder, "vectors.pt"))
+        expect(any(state["contextual"]) or not features, "--features", "none, as in the run",
+               features)
+        contextual = ContextualVectors(features, state["contextual"])
+        vocabulary = Vocabulary(**state["vocabulary"], vector_words=words)
+        parts = state["labels"], vocabulary, settings, vectors, contextual
+        model = SHARINGS[settings.sharing](choose_tasks(settings.tasks), *parts)
+        model.load_state_dict(state["model"])
+    return model.to(device_of(settings)).eval(), vocabulary, settings
+
+# The files of a run. All of them can be written again from checkpoint.pt and vectors.pt.
 def start_run(trainer):
-    """Writes what the first epoch needs to be resumed."""
-    if not trainer.history:
-        log, vocabulary = trainer.folder / "log.jsonl", trainer.vocabulary
-        new = not log.exists() or not log.stat().st_size
-        expect(new, trainer.folder, "a folder without a run", "log.jsonl")
-        if trainer.settings.vectors:
-            words = "".join(word + "\n" for word in vocabulary.words[len(vocabulary.counts):])
-            vectors = trainer.model.embedder.words.frozen
-            write(trainer.folder / "vectors.pt", {"words": words, "vectors": vectors})
-        save_run(trainer)
+    """Makes the folder of a new run, and saves what its first epoch needs to be resumed."""
+    if trainer.saved:
+        return
+    vocabulary, model = trainer.vocabulary, trainer.model
+    for task in trainer.tasks:
+        scores, name = evaluate(model, vocabulary, task, task.data["dev"][:1]), task.name
+        names = [n for n in model.heads[name].score_names if n in scores]
+        expect(task.validation_metric_name in names, f"validation_metric_name of {name}",
+               f"one of {', '.join(names)}", task.validation_metric_name)
+    if rank() == 0:
+        refuse_existing(trainer.folder)
+        trainer.folder.mkdir(parents=True)
+    if trainer.settings.vectors:
+        words = vocabulary.words[len(vocabulary.counts):]
+        write(trainer.folder / "vectors.pt", (words, model.embedder.word_vectors.frozen))
+    print_start(trainer)
+    save_run(trainer)
 
-def trained(trainer):
-    """What predicts. The words that only the vector file has are in vectors.pt."""
-    vocabulary = trainer.vocabulary
-    words = vocabulary.words[:len(vocabulary.counts)]
-    return {"settings": asdict(trainer.settings), "model": trainer.model.state_dict(),
-            "vocabulary": {"words": words, "chars": vocabulary.chars, "counts": vocabulary.counts,
-                           "contextual": [*vocabulary.contextual.shape]},
-            "labels": {task.name: task.labels() for task in trainer.tasks}}
-
-def watched(trainer):
-    """{name of a file of best weights: the scores of all epochs, which choose the best}."""
-    scores = {f"best-{task.name}.pt": trainer.dev_scores(task) for task in trainer.tasks}
-    return scores | {"best.pt": trainer.mean_scores()}
+def refuse_existing(folder):
+    expect(not Path(folder).exists(), folder, "a new folder (--resume goes on with a run, or "
+           "train.resume(folder) in Python)", "one that exists")
 
 def save_run(trainer):
-    log = "".join(json.dumps(row) + "\n" for row in trainer.history)
-    write(trainer.folder / "log.jsonl", log)
-    state = trained(trainer)
+    weights, where = trainer.model.state_dict(), f"{trainer.folder}, epoch {len(trainer.history)}"
+    for name, values in weights.items():
+        expect(values.isfinite().all(), where, "finite weights", f"others in {name}; checkpoint.pt "
+               "keeps the epoch before")
     write(trainer.folder / "checkpoint.pt", {
-        **state, "data": trainer.checksums, "steps": trainer.steps, "history": trainer.history,
+        **model_state(trainer, weights), "best": trainer.best, "steps": trainer.steps,
+        "history": trainer.history, "data": checksum(trainer.tasks),
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
-    for name, values in watched(trainer).items():
-        if values and best_epoch(values) == len(values) - 1:
-            write(trainer.folder / name, state)
+    write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
+    if trainer.best:
+        write(trainer.folder / "model.pt", model_state(trainer, trainer.best["mean"]))
+    trainer.saved = True
 
-def restore_run(trainer, checkpoint):
-    """Everything but the model, which `build` has loaded."""
-    for task, splits in trainer.checksums.items():
-        for split, checksum in splits.items():
-            expect(checkpoint["data"][task][split] == checksum, "--resume",
-                   f"the {split} data of {task} as in the run", "others")
-    for name, optimizer in trainer.optimizers.items():
-        optimizer.load_state_dict(checkpoint[f"optimizer {name}"])
-        trainer.lr_schedulers[name].load_state_dict(checkpoint[f"lr_scheduler {name}"])
-        for p, state in optimizer.state.items():               # a wrong shape corrupts memory
-            shapes = [tuple(state[key].shape) for key in ("step", "exp_avg", "exp_avg_sq")]
-            expect(state["step"].is_floating_point() and shapes == [(), p.shape, p.shape],
-                   f"optimizer {name}", f"a state of {tuple(p.shape)}", str(shapes))
-    trainer.steps = {task.name: int(checkpoint["steps"][task.name]) for task in trainer.tasks}
-    trainer.history = checkpoint["history"]
-    done = len(trainer.history)
-    for name, values in watched(trainer).items():              # the checkpoint has the last epoch's
-        there = not values or best_epoch(values) == done - 1 or (trainer.folder / name).exists()
-        expect(there, trainer.folder, name, "none")
-    expect(trainer.settings.epochs >= done, "--epochs", f"at least {done}, as many as the run has",
-           str(trainer.settings.epochs))
+def model_state(trainer, weights):
+    """Everything that prediction needs but the words that only a vector file has."""
+    words, chars, counts = (getattr(trainer.vocabulary, x) for x in ("words", "chars", "counts"))
+    return {"settings": asdict(trainer.settings), "model": weights,
+            "labels": {name: head.labels for name, head in trainer.model.heads.items()},
+            "contextual": [*trainer.model.embedder.contextual.shape],
+            "vocabulary": {"words": words[:len(counts)], "chars": chars, "counts": counts}}
 
-def write_results(trainer):
-    """Final scores, into results.json and returned: of each task's own best weights, as in the
-    paper, and of the one model with the best mean, which stays loaded."""
-    gathered(None)                    # waits until the first process has written the weights
-    model, tasks = trainer.model, {}
-    for task in trainer.tasks:
-        scores, steps = trainer.dev_scores(task), trainer.steps[task.name]
-        own_best = final_scores(trainer, task, f"best-{task.name}.pt")
-        pairs = model.metrics[task.name].confusions      # of test, which was scored last
-        tasks[task.name] = {
-            "steps": steps, "passes": steps / task.n_batches(trainer.settings.batch_size),
-            "best_epoch": best_epoch(scores) + 1, "best_dev": abs(max(scores)),
-            "last_dev": abs(scores[-1]),                   # without the sign of `dev_scores`
-            "own_best": own_best, "labels": label_scores(pairs),
-            "confusions": [[*pair, n] for pair, n in label_errors(pairs)],
-            "one_model": final_scores(trainer, task, "best.pt")}
-    results = {"settings": asdict(trainer.settings), "tasks": tasks,
-               "mixtures": {name: dict(zip(model.reads[name], weights.softmax(0).tolist()))
-                            for name, weights in model.mixtures.items()},
-               "one_model_epoch": best_epoch(trainer.mean_scores()) + 1}
-    mixture = model.embedder.mixture
-    if mixture:
-        shares = {f"layer {i}": x for i, x in enumerate(mixture.weights.softmax(0).tolist())}
-        results["mixtures"]["every encoder"] = shares | {"gamma": mixture.gamma.item()}
-    write(trainer.folder / "results.json", json.dumps(results, indent=1) + "\n")
-    return results
+def checksum(tasks):
+    """Of all documents of a run."""
+    total = sha256()
+    for document in chain(*(documents for task in tasks for documents in task.data.values())):
+        total.update(repr((document.sentences, document.annotations)).encode())
+    return total.hexdigest()
 
-def final_scores(trainer, task, name):
-    with one_line(f"{trainer.folder / name}: expected weights of this run"):
-        state = load(trainer.folder / name, trainer.model.device())
-        trainer.model.load_state_dict(state["model"])
-    return {split: trainer.evaluate(task, split) for split in ("dev", "test")}
+def rank():
+    """The number of this process, 0 if there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 def write(path, content):
     """Text, or tensors and plain values. The name always holds a whole file, the old or the new."""
-    if processes()[0] > 0:
+    if rank() > 0:
         return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:         # a full disk; torch makes it a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise Stopped(f"{path}: {error!r:.200}; earlier files of the run are intact") from None
+        raise InputError(f"{path}: {error!r:.200}; earlier files of the run are intact") from None
 
-def load(path, device="cpu"):
+def load(path):
     """Tensors and plain values, no code. zipfile compares the checksums, which torch does not."""
-    with one_line(f"{path}: expected a checkpoint of train.py"), zipfile.ZipFile(path) as file:
-        if any(member.compress_type for member in file.infolist()) or file.testzip():
-            raise ValueError("compressed or damaged")          # torch never compresses
-        return torch.load(path, map_location=device, weights_only=True)
-
-def new_folder(tasks):
-    """runs/<tasks>, with a numeric suffix if that folder already exists."""
-    name = Path("runs", "-".join(tasks))
-    names = chain([name], (Path(f"{name}-{n}") for n in count(2)))
-    return next(name for name in names if not name.exists())
-
-LOCKED = set()                                           # the folders that this process has locked
-
-@contextmanager
-def locked(folder):
-    """Makes the folder and refuses all other processes in it. SQLite can lock on every system; an
-    exit, even a kill, ends it. Of several processes that train together the first holds it."""
-    if folder in LOCKED or int(os.environ.get("RANK", processes()[0])) > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with one_line(f"{folder}: expected no other process that trains in it"):
-        connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
-        connection.execute("BEGIN EXCLUSIVE")
-    LOCKED.add(folder)
-    try:
-        yield
-    finally:
-        LOCKED.remove(folder)
-        connection.close()
+    with one_line(f"{path}: expected a file of train.py"), zipfile.ZipFile(path) as file:
+        expect(file.testzip() is None, path, "a file of train.py", "a damaged one")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 # The screen.
 def visible(text):
@@ -429,33 +517,11 @@ def visible(text):
     return re.sub("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]",
                   lambda match: ascii(match[0])[1:-1], text)
 
-def show_progress(text):
-    """A status line, overwritten by the next one; shown only on a terminal."""
-    if sys.stderr.isatty() and processes()[0] == 0:
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-def show_step(trainer, step, n_steps, loss):
-    if sys.stderr.isatty():
-        left = (time.time() - trainer.started) / step * (n_steps - step)
-        show_progress(f"epoch {len(trainer.history) + 1}: step {step} of {n_steps}, "
-                      f"loss {loss:.2f}, {left:.0f} s to go")
-
-def print_epoch(trainer):
-    show_progress("")
-    n, seconds = len(trainer.history), time.time() - trainer.started
-    line = f"epoch {n:3d}  {seconds:5.1f} s "
-    for task in trainer.tasks:
-        scores = trainer.dev_scores(task)
-        star = " " if epochs_waited(scores) else "*"
-        cell = f"{abs(scores[-1]):5.1f}{star}" if any(scores) else "none yet"
-        line += f"  {task.name} {cell:8s}"
-    if n == 1 < trainer.n_epochs:
-        line += f"  at most {seconds * (trainer.n_epochs - 1):.0f} s to go"
-    print(line.rstrip(), flush=True)
-
 def print_start(trainer):
+    """What is trained on what, and what of it cannot be learned."""
     settings, model = trainer.settings, trainer.model
-    print(", ".join(f"{name} {shown(value)}" for name, value in asdict(settings).items()))
+    values = [(f, getattr(settings, f.name)) for f in fields(settings)]
+    print("settings:", *(f"{flag_of(f.name)} {shown(x)}" for f, x in values if x != f.default))
     print("\ntask    train    dev   test             batches   share of steps")
     n_batches = [task.n_batches(settings.batch_size) for task in trainer.tasks]
     shares = sampling_probabilities(settings.schedule, n_batches)
@@ -465,401 +531,257 @@ def print_start(trainer):
         print(f"{task.name:5s} {sizes}  {unit} {n:9d} {share:16.3f}")
     for task in trainer.tasks:
         lists = [rows for d in task.data["train"] for rows in d.annotations[task.annotation]]
-        left, total, why = 0, sum(map(len, lists)), "overlap another"
+        rows, left, why = [*chain(*lists)], 0, "overlap another"
         if task.whole_documents:
-            print(f"{task.name}: {total} spans in {len(lists)} clusters")
-            left = sum(end - start >= settings.max_span for start, end in chain(*lists))
+            print(f"{task.name}: {len(rows)} mentions in {len(lists)} clusters")
+            left = sum(end - start >= settings.max_span for start, end in rows)
             why = f"have more than --max-span {settings.max_span} words"
         else:
-            labels = Counter(label for *_, label in chain(*lists)).most_common(20)
+            labels = Counter(label for *_, label in rows).most_common(20)
             print(f"{task.name}:", ", ".join(f"{visible(label)} {n}" for label, n in labels))
             unseen = {*task.labels("dev"), *task.labels("test")} - {*task.labels()}
             if unseen:
                 print(f"{task.name}: not in train:", visible(", ".join(sorted(unseen))))
         if isinstance(model.heads[task.name], Tagger):
-            left = total - sum(len(outermost(spans)) for spans in lists)
+            longest = max(map(len, task.data["train"]))
+            left = len(rows) - sum(len(spans_of(tags_of(spans, longest))) for spans in lists)
         if left:
-            print(f"{task.name}: not learned: {left} of {total} training spans, which {why}")
-    parts = model.embedder, model.encoders, model.heads, model
-    sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
-    print("parameters: {:,} embedder, {:,} encoders, {:,} heads, {:,} in all".format(*sizes))
-    print(f"run folder: {trainer.folder}\n\ndev scores, * where they are the best so far")
+            print(f"{task.name}: not learned: {left} of {len(rows)} training spans, which {why}")
+    sizes = [sum(p.numel() for p in part.parameters())
+             for part in (model, model.embedder, model.encoders, model.heads)]
+    print("{:,} parameters: {:,} embedder, {:,} encoders, {:,} heads".format(*sizes))
+    print("\nmean loss of every epoch, and dev score (* the best so far)")
 
-def score_names(scores):
-    return [name for name in scores if not name.endswith(("recall", "precision"))]
+def end_epoch(trainer, seconds, n_epochs):
+    """Saves the run, and prints a line."""
+    save_run(trainer)
+    n, line = len(trainer.history), f"epoch {len(trainer.history):3d} {seconds:6.1f} s"
+    for task in trainer.tasks:
+        scores = trainer.dev_scores(task)
+        loss = trainer.history[-1]["loss"].get(task.name, math.nan)
+        star = " " if epochs_waited(scores) else "*"
+        cell = f"{abs(scores[-1]):5.1f}{star}" if any(scores) else "none yet"
+        line += f"   {task.name} loss {loss:6.2f} dev {cell:8s}"
+    line += f"   at most {seconds * (n_epochs - 1):.0f} s to go" if n == 1 < n_epochs else ""
+    print(line.rstrip(), flush=True)
 
-def print_results(trainer, results):
-    print("\nF1 on test in percent: of each task's own best weights, and of the one model with the "
-          f"best mean on dev (epoch {results['one_model_epoch']})\n\n"
-          "task   score        own best   one model   own best on dev")
-    for name, row in results["tasks"].items():
-        own, one, dev = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
-        for score in score_names(own):
-            print(f"{name:6s} {score:11s} {own[score]:9.2f} {one[score]:11.2f} "
-                  f"{dev.get(score, np.nan):17.2f}")
-    print()
-    n = len(trainer.history)
-    for name, row in results["tasks"].items():
-        more = f": --epochs {2 * n} may help" if row["best_epoch"] == n else ""
-        more = more if row["best_dev"] else f", scored nothing: --epochs {2 * n} may help"
-        print("{}: best at epoch {best_epoch} of {}{}; dev {best_dev:.2f} then, {last_dev:.2f} at "
-              "the end; {steps} steps, {passes:.1f} passes over its data".format(
-                  name, n, more, **row))
-    for name, weights in results["mixtures"].items():
-        print(f"{name} reads " + ", ".join(f"{w:.2f} {encoder}" for encoder, w in weights.items()))
+def print_scores(columns, names):
+    """A table: a column for every {name: number}, a row for every name that the first has."""
+    print(" " * 24 + "".join(f"{title:>14s}" for title in columns))
+    for name in [name for name in names if name in [*columns.values()][0]]:
+        cells = [numbers.get(name, math.nan) for numbers in columns.values()]
+        cells = [f"{x:14d}" if isinstance(x, int) else f"{x:14.2f}" for x in cells]
+        print(f"{visible(name):24.24s}" + "".join(cells))
 
-def print_examples(trainer):
-    """Two short dev documents of every task, as predicted; gold too if that is wrong."""
-    trainer.model.eval()
+def finish_run(trainer, results):
+    """Writes results.json, and prints why the run ended, its scores, and examples."""
+    settings, done, heads = trainer.settings, len(trainer.history), trainer.model.heads
+    columns = {"own best": {}, "one model": {}, "own best, dev": {}}
+    for task in trainer.tasks:
+        row, scores = results[task.name], trainer.dev_scores(task)
+        row |= {"steps": trainer.steps[task.name], "best_epoch": best_epoch(scores) + 1,
+                "best_dev": abs(max(scores))}                   # without the sign of `dev_scores`
+        found = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
+        for column, numbers in zip(columns.values(), found):
+            column |= {f"{task.name} {name}": number for name, number in numbers.items()}
+    best = best_epoch(trainer.watched_scores()["mean"]) + 1
+    content = {"settings": asdict(settings), "tasks": results, "one_model_epoch": best}
+    write(trainer.folder / "results.json", json.dumps(content, indent=1) + "\n")
+
+    why = f"that is the largest number (--epochs {settings.epochs})"
+    if trainer.out_of_patience():
+        why = f"no task has improved for {settings.patience} epochs; to go on, raise --patience"
+    print(f"\nstopped at epoch {done}: {why}\n\nF1 on test in percent")
+    print_scores(columns, [f"{task} {n}" for task, head in heads.items() for n in head.score_names])
+    print("own best: with the weights of the epoch in which the task was best on dev, as in the paper"
+          f"\none model: with the weights of epoch {best}, which has the best mean on dev; it predicts\n")
+    for name, row in results.items():
+        ends = row["best_epoch"] == done
+        more = f"; --epochs {2 * done} may help" if not row["best_dev"] or ends else ""
+        print(f"{name}: best in epoch {row['best_epoch']}, with {row['best_dev']:.2f} on dev{more}")
+    command = again(trainer.folder, trainer.model.embedder.contextual.path, "--predict", "FILE")
+    print(f"\nthe run lies in {trainer.folder}; it predicts with\n    {command}")
+    print_examples(trainer)
+
+def again(folder, features, *options):
+    """The command that does something else with a run."""
+    given = ["--features", features] if features else []
+    return shlex.join(["python", sys.argv[0], "--run", str(folder), *options, *given])
+
+def print_examples(trainer, n_tried=50):
+    """For every task a short dev document that the model gets right, and one that it does not."""
     for task in trainer.tasks:
         print(f"\n{task.name}, dev")
-        names, dev = [task.annotation], task.data["dev"]
-        for gold in [d for d in dev if any(d.annotations[names[0]]) and len(d) < 100][:2]:
-            found = next(annotate(trainer.model, [gold], trainer.vocabulary))
-            if task.name == "rel" and not argument_tagger(trainer.model.tasks):
-                rows = gold.annotations["relations"][0]      # without a tagger, only last tokens
-                rows = [(i, i, j, j, label) for _, i, _, j, label in rows]
-                gold = Document(gold.key, gold.sentences, {"relations": [rows]})
-            found, gold = annotated_lines(found, names), annotated_lines(gold, names)
-            versions = {"right": gold} if found == gold else {"wrong": found, "gold": gold}
-            for mark, lines in versions.items():
+        dev, seen = [d for d in task.data["dev"] if any(d.annotations[task.annotation])], set()
+        for gold in [document for document in dev if len(document) < 100][:n_tried]:
+            scores = evaluate(trainer.model, trainer.vocabulary, task, [gold])
+            right = scores[task.validation_metric_name] == 100
+            found = annotate(trainer.model, gold, trainer.vocabulary)
+            versions = {"right": found} if right else {"wrong": found, "gold": gold}
+            for mark, document in versions.items() if right not in seen else []:
+                lines = annotated_lines(document, [task.annotation])
                 print(f"{mark:>7s}  " + "\n         ".join(lines))
+            seen.add(right)
 
 def annotated_lines(document, names):
-    """The sentences with [bracketed LABEL] spans, #n for the clusters they are in; below each its
-    relations, and spans that cross a bracketed one. names: the annotations to show."""
-    words = [word for sentence in document.sentences for word in sentence]
-    labels, notes = {}, [[] for _ in words]              # notes: below the sentence of the token
-    def text(start, end):
-        return " ".join(words[start:end + 1])
+    """The sentences with [bracketed LABEL] spans, #n for the cluster that they are in. Below each
+    stand its relations, and spans that cross a shorter one. names: the annotations to show."""
+    words, labels, bracketed, lines = [*chain(*document.sentences)], {}, [], []
+    notes = [[] for _ in words]
     for name in names:
         lists = document.annotations[name]
-        if name == "clusters":                           # numbered in the order of the text
+        if name == "clusters":                     # numbered in the order of the text
             clusters = enumerate(sorted(map(sorted, lists)), 1)
-            lists = [[(*span, f"#{i}") for span in cluster] for i, cluster in clusters]
-        for start, end, *to, label in sorted(chain.from_iterable(lists)):
-            if to:
-                notes[start].append(f"    {text(start, end)} -- {label} -> {text(*to)}")
+            lists = [[(*mention, f"#{n}") for mention in cluster] for n, cluster in clusters]
+        for *tokens, label in chain(*lists):
+            texts = [" ".join(words[a:b + 1]) for a, b in zip(tokens[::2], tokens[1::2])]
+            if len(texts) == 2:
+                notes[tokens[0]].append(f"    {texts[0]} -- {label} -> {texts[1]}")
             else:
-                labels.setdefault((start, end), []).append(label)
-    # Longest first. innermost: the shortest span so far around each token. A span crosses another
-    # if it differs at both ends.
-    opened, closed, innermost = Counter(), [""] * len(words), [None] * len(words)
-    for start, end in sorted(labels, key=lambda span: (span[0] - span[1], span)):
-        label = " ".join(dict.fromkeys(labels[start, end]))
-        if innermost[start] == innermost[end]:
-            innermost[start:end + 1] = [(start, end)] * (end + 1 - start)
-            opened[start] += 1
-            closed[end] = f" {label}]" + closed[end]
-        else:
-            notes[start].append(f"    {text(start, end)} {label}")
-    lines, numbers = [], count()
-    for sentence in document.sentences:
-        tokens = [next(numbers) for _ in sentence]
-        lines.append(" ".join("[" * opened[t] + words[t] + closed[t] for t in tokens))
-        lines += chain.from_iterable(notes[t] for t in tokens)
+                labels.setdefault(tuple(tokens), {})[label] = texts[0]      # each label once
+    start, spans = 0, sorted(labels, key=lambda span: (span[1] - span[0], span))    # shortest first
+    for end in np.cumsum([*map(len, document.sentences)], dtype=int).tolist():
+        for a, b in [span for span in spans if start <= span[0] < end]:
+            if b >= end or any(a < c <= b < d or c < a <= d < b for c, d in bracketed):
+                notes[a] += [f"    {text} {label}" for label, text in labels[a, b].items()]
+            else:
+                bracketed.append((a, b))
+                words[a] = "[" + words[a]
+                words[b] += f" {' '.join(labels[a, b])}]"
+        lines += [" ".join(words[start:end]), *chain(*notes[start:end])]
+        start = end
     return [visible(line) for line in lines]
 
-# A model from settings.
-def build(settings, checkpoint=None, folder=None, features=""):
-    """(tasks with data, vocabulary, model), from the settings or with the weights of a run."""
-    check_settings(settings)
-    tasks, device = choose_tasks(settings.tasks), device_of(settings.device)
-    folders = data_folders(settings.data, tasks)
-    for task in tasks:
-        task.load_data(folders.get(task.name), settings.max_tokens)
-    if checkpoint:
-        model, vocabulary = load_run(folder, device, checkpoint, features)
-        keep_features(vocabulary.contextual, tasks)
-        return tasks, vocabulary, model
-    contextual = ContextualVectors(features)
-    keep_features(contextual, tasks)
-    documents, words, vectors = [d for t in tasks for d in t.data["train"]], [], None
-    if settings.vectors:
-        vectors = words, values = read_vectors(settings.vectors)
-        settings.word_dim = values.shape[1]              # the file's width wins
-        seen = Counter(word.lower() for d in documents for word in chain(*d.sentences))
-        known = seen.keys() & {*words}
-        share = sum(seen[word] for word in known) / seen.total()
-        print(f"vectors of {len(known)} of {len(seen)} training words, {share:.1%} of the tokens")
-        expect(known, settings.vectors, "words of the training documents", "none")
-    vocabulary = Vocabulary.from_documents(documents, words, contextual)
-    labels = {task.name: task.labels() for task in tasks}
-    torch.manual_seed(settings.seed)
-    return tasks, vocabulary, HMTL(tasks, labels, vocabulary, settings, vectors).to(device)
-
-def keep_features(contextual, tasks):
-    """Computes the contextual vectors of all sentences of the run, once."""
-    if contextual.path:
-        started = time.time()
-        documents = chain.from_iterable(chain(*task.data.values()) for task in tasks)
-        sentences = {tuple(words) for d in documents for words in d.sentences}
-        contextual.kept = contextual.compute(sentences, lambda done: show_progress(
-            f"features: {done} of {len(sentences)} sentences, {time.time() - started:.0f} s"))
-        show_progress("")
-        megabytes = sum(x.nbytes for x in contextual.kept.values()) / 1e6
-        print("features: {} sentences, {} layers of width {}, {:.0f} MB, {:.0f} s".format(
-            len(sentences), *contextual.shape, megabytes, time.time() - started))
-
-def load_run(folder, device="cpu", state=None, features=""):
-    """(model, vocabulary) of a run, to predict with; or of the state of a checkpoint."""
-    state, more, vectors = state or load(Path(folder, "best.pt")), [], None
-    with one_line(f"{folder}: expected checkpoints of train.py"):
-        settings = Settings(**state["settings"])
-        expect(HIERARCHY.keys() >= {*settings.tasks}, folder, "the script that defines its tasks",
-               " ".join(settings.tasks))
-        check_settings(settings)
-        if settings.vectors:                             # they are stored apart, once
-            stored = load(Path(folder, "vectors.pt"))
-            more = stored["words"].split("\n")[:-1]
-            vectors = more, stored["vectors"]
-        shape = tuple(state["vocabulary"]["contextual"])
-        expect(any(shape) or not features, "--features", "none, as in the run", features)
-        contextual = ContextualVectors(features, shape)
-        vocabulary = Vocabulary(**state["vocabulary"] | {"contextual": contextual}, more_words=more)
-        model = HMTL(choose_tasks(settings.tasks), state["labels"], vocabulary, settings, vectors)
-        model.load_state_dict(state["model"])
-    return model.to(device).eval(), vocabulary
-
-def data_folders(data, tasks):
-    """{task name: folder} from --data DIR, or --data TASK=DIR ...; {} without data."""
-    names, folders = [task.name for task in tasks], {}
-    for item in data:
-        name, _, folder = item.partition("=") if "=" in item else ("", "", item)
-        expect(name in ["", *names], "--data", f"one of the tasks {', '.join(names)}", name)
-        expect(name not in folders, "--data", f"one folder for {name or 'all tasks'}", folder)
-        folders[name] = folder
-    for_all = folders.pop("", None)
-    for name in names if data else []:
-        expect(folders.setdefault(name, for_all), "--data", f"a folder for the task {name}", "none")
-    return folders
-
-def device_of(name):
-    """The device of that name, or a GPU where there is one; under torchrun a GPU per process."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    with one_line(f"--device {name}"):
-        torch.zeros(1, device=name).tolist()             # an error if there is no such device
-    return torch.device(name)
-
-def predict(model, vocabulary, paths, form):
-    """Prints the documents at the paths with all that the model finds."""
-    keys = [task.annotation for task in model.tasks.values()]
-    tagged = [key for key, head in zip(keys, model.heads.values())
-              if isinstance(head, (Tagger, SpanQuestions))]
-    expect(form != "columns" or len(tagged) == 1, "--columns", "a run with one tagger",
-           ", ".join(tagged) or "none")
-    whole = form == "json" or any(task.whole_documents for task in model.tasks.values())
+# Prediction and evaluation.
+def predict(model, vocabulary, paths, as_json):
+    """Prints the files with all that the model finds in them. Returns how many files were bad."""
+    n_bad, keys = 0, [task.annotation for task in model.tasks.values()]
     for path in paths:
-        documents = to_predict(path, tagged[0] if tagged else "ner", whole)
-        gold = bool(tagged) and all(tagged[0] in d.annotations for d in documents)
-        for document, found in zip(documents, annotate(model, documents, vocabulary)):
-            if form == "json":
-                lines = [to_json(found)]
-            elif form == "columns":
-                lines = column_lines([document, found] if gold else [found], tagged[0])
-            else:
-                lines = annotated_lines(found, keys)
-            print("\n".join(lines), flush=True)
-
-def to_predict(path, key, whole):
-    """The documents of a file by its ending, or of raw text: of its sentences, if not whole."""
-    raw = suffix_of(path) not in (*JSON_SUFFIXES, ".conll", ".bio")
-    documents = [read_text(path)] if raw else read_annotated(path, key)
-    expect(documents, path, "documents", "none")
-    for i, document in enumerate(documents):
-        expect(len(document), f"{path}, {document.key}", "some words", "none")
-        documents[i] = cut_sentences(document, f"{path}, {document.key}")
-    return cut_documents(documents, 1) if raw and not whole else documents
-
-def column_lines(versions, key):
-    """A word, its gold tag if there are two versions, and the predicted one: for conlleval."""
-    lines = []
-    for parts in zip(*(cut_documents([version], 1) for version in versions)):
-        tags = [tags_of(part.annotations[key][0], len(part)) for part in parts]
-        tags = [[{"U": "B", "L": "I"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in tags]
-        rows = zip(parts[0].sentences[0], *tags)
-        lines += [visible(" ".join("_".join(x.split()) for x in row)) for row in rows] + [""]
-    return lines
+        try:
+            raw = suffix_of(path) not in (*JSON_SUFFIXES, ".conll", ".bio")
+            documents = [read_text(path)] if raw else read_annotated(path, "ner", keys=[])
+            expect(documents, path, "documents", "none")
+            for document in documents:
+                cut = cut_sentences(document, f"{path}, {document.key}")
+                found = annotate(model, cut, vocabulary)
+                lines = [to_json(found)] if as_json else annotated_lines(found, keys)
+                print("\n".join(lines), flush=True)
+        except InputError as error:
+            report(error)
+            n_bad += 1
+    return n_bad
 
 def print_evaluation(model, vocabulary, path):
-    """The scores on a file, or on the test file of a folder."""
-    path = file_of(path, "test") if Path(path).is_dir() else Path(path)
-    annotated = [(task, task.parts(read_documents(path, task))) for task in model.tasks.values()]
-    expect(any(rows for _, rows in annotated), path, "the key of a task of the run", "none")
-    for task, documents in annotated:
+    """The scores on a file, or on the test file of a folder, also for every label."""
+    path = file_of(path, "test") if Path(path).is_dir() else path
+    keys = [task.annotation for task in model.tasks.values()]
+    annotated = {name: read_documents(path, task, keys) for name, task in model.tasks.items()}
+    expect(any(annotated.values()), path, "the key of a task of the run", "none")
+    for name, task in model.tasks.items():
+        documents = task.examples(annotated[name])
+        unit = "documents" if task.whole_documents else "sentences"
+        print(f"\n{name}: {path}, {len(documents)} {unit} with the key '{task.annotation}'")
         if documents:
-            unit = "documents" if task.whole_documents else "sentences"
-            print(f"\n{task.name}: {path}, {len(documents)} {unit}")
             scores = evaluate(model, vocabulary, task, documents)
-            print_labels(scores, model.metrics[task.name].confusions)
-        else:
-            print(f"\n{task.name}: no document of {path} has the key '{task.annotation}'")
-
-def print_labels(scores, pairs):
-    """Scores, then precision, recall and F1 of the labels, then the most frequent confusions."""
-    for name in score_names(scores):
-        print(f"  {name:24s} {scores[name]:7.2f}")
-    rows, errors = label_scores(pairs), label_errors(pairs)
-    if rows:
-        print("\n  label                    precision   recall       F1  predicted     gold")
-    for label, row in list(rows.items())[:20]:
-        print("  {:24.24s} {f1-precision:9.2f} {f1-recall:8.2f} {f1:8.2f} {predicted:10d} "
-              "{gold:8d}".format(visible(label), **row))
-    if errors:
-        print("\n  most frequent errors: gold, found, times")
-    for (right, found), n in errors[:8]:
-        print(f"  {visible(right or '-'):24.24s} {visible(found or '-'):24.24s} {n:5d}")
+            counts, columns = model.metrics[name].counts, {"F1": scores}
+            for title in ("precision", "recall"):
+                columns[title] = {n: scores[f"{n}-{title}"] for n in counts}
+            for title, i in ("predicted", 1), ("gold", 3):
+                columns[title] = {n: numbers[i] for n, numbers in counts.items()}
+            print_scores(columns, dict.fromkeys([*model.heads[name].score_names, *counts]))
 
 # The command line.
-FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
-CHOICES = {"tasks": HIERARCHY, "schedule": ["proportional", "uniform", "successive"],
-           "sharing": ["hierarchical", "flat", "inverted", "latent", "question"]}
-LIMITS = {"dropout": (0, 0.99), "unknown": (0, 1), "seed": (0, 2 ** 63 - 1), "rare": (0, 1e9),
-          "lr_patience": (0, 1e9), "successive_delta": (0, 1e9), "threads": (1, 1024),
-          "contextual_dim": (0, 1e5), "max_span": (1, 1000)}           # all others: above 0
-
-def check_settings(settings):
-    """Refuses values that no model can be built from."""
-    for f in fields(settings):
-        flag, value = FLAGS[f.name], getattr(settings, f.name)
-        kinds = (int, float) if f.type is float else f.type
-        expect(isinstance(value, kinds), flag, f"a value of type {f.type.__name__}", shown(value))
-        if f.name in CHOICES:
-            chosen, choices = {*value} if f.type is tuple else {value}, CHOICES[f.name]
-            expect(set() < chosen <= {*choices}, flag, f"one of {', '.join(choices)}", shown(value))
-        elif f.name.endswith("encoder"):
-            good = value == f.default or re.fullmatch(r"[1-9]\d?x[1-9]\d{,4}", value)
-            expect(good, flag, "LAYERSxUNITS, as in 2x64", shown(value))
-        elif f.type in (int, float):
-            low, high = LIMITS.get(f.name, (1 if f.type is int else 1e-9, 1e9))
-            expect(low <= value <= high, flag, f"a number from {low:g} to {high:g}", shown(value))
-
-def shown(value):
-    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "none"
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message)
 
 def parse(arguments):
-    """({setting: value} of those that are given, [--run, --resume, ... ])."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--run", metavar="DIR", help="folder of the run")
-    add("--resume", action="store_true",
-        help="go on with --run; --epochs, --patience, --device, the place of --data may change")
-    add("--predict", metavar="FILE", nargs="+",
-        help="annotate raw text (-: standard input), .json, .jsonl, .conll or .bio")
-    add_form = parser.add_mutually_exclusive_group().add_argument
-    add_form("--json", dest="form", action="store_const", const="json", default="text",
-        help="predict JSON lines")
-    add_form("--columns", dest="form", action="store_const", const="columns",
-        help="predict columns: word, tag of the file if it has one, predicted tag")
-    add("--features", metavar="FILE.py", default="",
-        help="your contextual vectors: a function features(sentences) (see the README)")
-    add("--evaluate", metavar="PATH", help="score on an annotated file, or a folder's test file")
-    helps = dict(re.findall(r"^    (\w+): .*# (.+)", inspect.getsource(Settings), re.M))
+    """({setting: value} of those that are given, the other options)."""
+    parser = Parser(description=__doc__.split("\n\nAn epoch")[0], allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                        prog, max_help_position=26, width=100))
+    add = parser.add_argument_group("the run").add_argument
+    add("--run", metavar="DIR", help="folder of the run (default: runs/<tasks>)")
+    add("--resume", action="store_true", help="go on with --run; --epochs, --patience, --device and "
+        "the place of --data may change")
+    add("--predict", metavar="FILE", nargs="+", help="annotate .json, .jsonl, .conll, .bio files, or "
+        "else raw text (-: standard input)")
+    add("--evaluate", metavar="PATH", help="score an annotated file, or the test file of a folder")
+    add("--features", metavar="FILE.py", default="", help="your contextual vectors: a Python file "
+        "with a function features(sentences), see the README")
+    add("--json", action="store_true", help="print predictions as JSON lines")
+    firsts = {"tasks": "the data", "sharing": "the model", "batch_size": "the training"}
     for f in fields(Settings):
+        add = parser.add_argument_group(firsts[f.name]).add_argument if f.name in firsts else add
         kind = {"nargs": "+"} if f.type is tuple else {"type": f.type}
-        add(FLAGS[f.name], default=argparse.SUPPRESS, choices=CHOICES.get(f.name), **kind,
-            help=f"{helps[f.name]} (default: {shown(f.default)})")
-    given = vars(parser.parse_args(arguments))
-    other = [given.pop(k) for k in ("run", "resume", "predict", "evaluate", "features", "form")]
+        default = f" (default: {shown(f.default)})" if f.default not in ("", ()) else ""
+        choices = f.metadata["choices"]
+        metavar = None if choices else "N" if f.type in (int, float) else "VALUE"
+        add(flag_of(f.name), default=argparse.SUPPRESS, choices=choices, metavar=metavar, **kind,
+            help=f.metadata["help"] + default)
+    options = vars(parser.parse_args(arguments))
+    given = {f.name: options.pop(f.name) for f in fields(Settings) if f.name in options}
     if "tasks" in given:                                       # in the order of the hierarchy
         given["tasks"] = [task.name for task in choose_tasks(given["tasks"])]
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, other
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, options
 
 def main(arguments=None):
-    given, (folder, resume, paths, annotated, features, form) = parse(arguments)
-    check_settings(Settings(**given))
+    """Returns the exit status."""
+    given, options = parse(arguments)
+    folder, resumes, paths, annotated, features, as_json = options.values()
+    predicts = paths or annotated
     expect(folder != "", "--run", "a folder", "none")
-    expect(folder or not (resume or paths or annotated), "--resume, --predict and --evaluate",
-           "--run DIR", "none")
-    expect(paths or form == "text", "--json and --columns", "--predict", "none")
-    expect(not (resume and (paths or annotated)), "--resume", "no --predict or --evaluate", "both")
-    folder = Path(folder or new_folder(given.get("tasks", Settings.tasks)))
-    if paths or annotated:
+    expect(folder or not (resumes or predicts), "--resume, --predict, --evaluate", "--run", "none")
+    expect(paths or not as_json, "--json", "--predict", "none")
+    expect(not (resumes and predicts), "--resume", "no --predict or --evaluate", "both")
+    if predicts:
         expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
                "--device, --threads or no setting", " ".join(given))
-        expect("RANK" not in os.environ, "--predict and --evaluate", "one process", "torchrun")
-        torch.set_num_threads(given.get("threads", Settings.threads))
-        model, vocabulary = load_run(folder, device_of(given.get("device")), features=features)
-        if paths:
-            predict(model, vocabulary, paths, form)
+        check_settings(Settings(**given))
+        model, vocabulary = load_run(folder, features, **given)
+        n_bad = predict(model, vocabulary, paths or [], as_json)
         if annotated:
             print_evaluation(model, vocabulary, annotated)
-    elif resume:
-        expect((folder / "checkpoint.pt").exists(), folder, "a run", "no checkpoint.pt")
-        with locked(folder):                                   # before its state is read
-            checkpoint = load(folder / "checkpoint.pt")
-            run(resumed_settings(given, checkpoint, folder), folder, checkpoint, features)
-    else:
-        expect(not (folder / "checkpoint.pt").exists(), folder, "no run, or --resume", "a run")
-        run(Settings(**given), folder, features=features)
-
-def resumed_settings(given, checkpoint, folder):
-    """The run's own, but for those that may change."""
-    with one_line(f"{folder}: expected a checkpoint of train.py"):
-        stored = asdict(Settings(**checkpoint["settings"]))
-    for name, value in given.items():
-        expect(value == stored[name] or name in ("epochs", "patience", "device", "data"),
-               FLAGS[name], f"{shown(stored[name])}, as in the run", shown(value))
-    return Settings(**stored | given)
-
-def run(settings, folder, checkpoint=None, features=""):
-    """Trains, or trains on, and prints the results."""
-    torch.set_num_threads(settings.threads)
-    if "LOCAL_RANK" in os.environ:                             # started by torchrun
-        device = device_of(settings.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        folder = gathered(folder)[0]
-    if processes()[0] > 0:
-        sys.stdout = open(os.devnull, "w")
-    tasks, vocabulary, model = build(settings, checkpoint, folder, features)
-    trainer = MultiTaskTrainer(model, tasks, vocabulary, settings, folder)
-    if checkpoint:
-        with one_line(f"{folder}: expected a checkpoint of train.py"):
-            restore_run(trainer, checkpoint)
-        save_run(trainer)            # after a kill, log and best weights may differ from it
-    print_start(trainer)
+        return 2 if n_bad else 0
+    settings = Settings(**given)
+    folder = folder or "runs/" + "-".join(chosen_tasks(settings))
+    if "RANK" in os.environ:                                   # started by torchrun
+        dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if rank() > 0 else sys.stdout
     try:
-        with locked(folder):
-            trainer.train(settings.epochs)
-            print_results(trainer, write_results(trainer))
-            print_examples(trainer)
+        if resumes:
+            trainer = resume(folder, features, **given)
+            trainer.train(trainer.settings.epochs)
+            finish_run(trainer, trainer.final_scores())
+        else:
+            refuse_existing(folder)
+            finish_run(*run(settings, folder, features))
     except KeyboardInterrupt:
-        again = [] if "--resume" in sys.argv else ["--run", str(folder), "--resume"]
-        raise Stopped(f"stopped; go on with: python {shlex.join([*sys.argv, *again])}") from None
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        raise Stopped(f"another process ended ({str(error)[:100]}); go on with --resume") from None
-    if dist.is_initialized():
-        dist.barrier()               # a process that leaves before the others may abort, in gloo
-        dist.destroy_process_group()
+        expect(Path(folder, "checkpoint.pt").exists(), folder, "a run", "none: stopped before it began")
+        raise InputError(f"stopped; go on with: {again(folder, features, '--resume')}") from None
+    return 0
+
+def report(error):
+    if os.environ.get("RANK", "0") == "0":                     # under torchrun, one line of all
+        print(f"{Path(sys.argv[0]).name}: {visible(str(error)) or 'stopped'}", file=sys.stderr)
 
 def command_line():
     """`main`, with one line for what a user can mend."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # as all files are
     try:
-        main()
+        status = main()
         sys.stdout.flush()
     except BrokenPipeError:                                    # such as `| head`: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, Stopped, KeyboardInterrupt, OSError, RuntimeError) as error:
+        status = 0
+    except (InputError, KeyboardInterrupt, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):
             raise                                              # a fault of the code
-        show_progress("")
-        if os.environ.get("RANK", "0") == "0":                 # under torchrun, one line of all
-            name = Path(sys.argv[0]).name
-            print(f"{name}: {visible(str(error)) or 'stopped'}", file=sys.stderr, flush=True)
-        if dist.is_initialized():                              # at a normal exit gloo may abort
-            os._exit(2)
-        sys.exit(2)
+        report(error)
+        status = 2
+    if dist.is_initialized():                                  # at a normal exit gloo may abort
+        os._exit(status)
+    sys.exit(status)
 
 if __name__ == "__main__":
     command_line()
