@@ -165,7 +165,7 @@ class Head(nn.Module):
     loss(x, embedded, batch)      the training loss, a scalar
     decode(x, embedded, batch)    the predictions: for every document a list of rows
     """
-    # x (B, T, D) is the encoder's output. embedded (B, T, E), the embedder's output, is for coreference.
+    # x (B, T, D) is the output of the task's encoder, and embedded (B, T, E) the embedder's.
     score_names = ("f1",)         # what `count` counts, without the scores of single labels
     mean = None                   # the name of their mean, if that is a score too
 
@@ -635,11 +635,11 @@ class InvertedHMTL(HMTL):
 
     def encoders_below(self):
         below = super().encoders_below()
-        return {name: [other for other in below if name in below[other]] for name in reversed(below)}
+        return {name: [task for task in below if name in below[task]] for name in reversed(below)}
 
 class LatentHMTL(HMTL):
-    """The hierarchy, but every head reads a learned mixture sum_k softmax(w)_k x_k of the outputs of
-    all encoders, narrow ones padded with zeros (after the idea of Ruder et al. 2017, "Latent
+    """The hierarchy, but every head reads a learned mixture sum_k softmax(w)_k x_k of the outputs
+    of all encoders, narrow ones padded with zeros (after the idea of Ruder et al. 2017, "Latent
     multi-task architecture learning")."""
 
     def __init__(self, tasks, *arguments):
@@ -695,7 +695,8 @@ class Questions(nn.Module):
             parts = re.findall(r"[^\W\d_]+|\d+", spaced)
             self.questions.append([self.task_name, *(parts or [label])])
         # The task's name alone comes first, so that there is a question even without labels.
-        self.batch = make_batch([Document("", [[self.task_name], *self.questions])], self.vocabulary)
+        document = Document("", [[self.task_name], *self.questions])
+        self.batch = make_batch([document], self.vocabulary)
 
     def forward(self, hidden):
         """(t, t, H) -> (t, t, labels)."""
@@ -752,8 +753,8 @@ class WordVectors(nn.Module):
         return vectors
 
 class LayerMixture(nn.Module):
-    """ELMo's mixture gamma sum_l softmax(w)_l h_l of the layers h_l of a frozen encoder (Peters et al.
-    2018, section 3), and then a projection. w and gamma are learned."""
+    """ELMo's mixture gamma sum_l softmax(w)_l h_l of the layers h_l of a frozen encoder (Peters et
+    al. 2018, section 3), and then a projection. w and gamma are learned."""
 
     def __init__(self, contextual, settings):
         super().__init__()
@@ -763,12 +764,14 @@ class LayerMixture(nn.Module):
         self.gamma = nn.Parameter(torch.ones(()))
         self.width, self.project = width, nn.Identity()
         if width and projected_width:
-            self.width, self.project = projected_width, nn.Linear(width, projected_width, bias=False)
+            self.width = projected_width
+            self.project = nn.Linear(width, projected_width, bias=False)
             nn.init.xavier_uniform_(self.project.weight)
 
     def forward(self, batch):
         """(B, T, self.width), zero on padding."""
-        layers = self.contextual(batch.sentences).to(self.gamma)                  # (layers, N, width)
+        device, dtype = self.gamma.device, self.gamma.dtype
+        layers = self.contextual(batch.sentences).to(device, dtype)           # (layers, N, width)
         shares = self.gamma * self.weights.softmax(0)
         mixed = self.project(torch.einsum("l,lnw->nw", shares, layers))
         x = mixed.new_zeros(*batch.mask.shape, self.width)
@@ -787,8 +790,8 @@ def run_in_groups(encoder, x, batch, size=8):
     return output
 
 def annotate(model, document, vocabulary, size=32):
-    """A copy of the document with everything that the model predicts. Coreference reads the document
-    at once. Without it, `size` sentences of similar lengths are read at a time."""
+    """A copy of the document with everything that the model predicts. Coreference reads it at
+    once. Without coreference, `size` sentences of similar lengths are read at a time."""
     training = model.training
     model.eval()
     document = Document(document.key, document.sentences, offsets=document.offsets)

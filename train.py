@@ -262,14 +262,14 @@ class Settings:
     batch_size: int = setting(16, "sentences in a batch; coreference reads one document")
     lr: float = setting(2e-3, "learning rate of every task's Adam", 1e-9)
     clip: float = setting(5.0, "largest norm of the gradient", 1e-9)
-    schedule: str = setting("proportional", "how the task of a step is chosen: in proportion to its "
+    schedule: str = setting("proportional", "how a step's task is chosen: in proportion to its "
                             "batches, evenly (uniform), one task after the other (successive)",
                             choices=["proportional", "uniform", "successive"])
     successive_delta: float = setting(1e-2, "how strongly successive holds the shared weights", 0)
     epochs: int = setting(40, "largest number of epochs")
     patience: int = setting(20, "stop when no task has improved for this many epochs")
-    lr_patience: int = setting(4, "halve a task's learning rate when its dev score has not improved "
-                               "for more than this many epochs", 0)
+    lr_patience: int = setting(4, "halve a task's learning rate when its dev score has not "
+                               "improved for more than this many epochs", 0)
     seed: int = setting(0, "all random numbers follow from it", 0, 2 ** 63 - 1)
     threads: int = setting(1, "threads of the CPU; several are slow beside a busy program", 1, 1024)
     device: str = setting("", "such as cpu or cuda:1 (default: a GPU, if there is one)")
@@ -286,7 +286,8 @@ def check_settings(settings):
         for choice in (value if kind is tuple else [value]) if choices else []:
             expect(choice in choices, flag, f"one of {', '.join(choices)}", choice)
     for size in settings.encoder:
-        expect(re.fullmatch(r"(.+=)?[1-9]\d?x[1-9]\d{,4}", size), "--encoder", "sizes such as 2x64", size)
+        good = re.fullmatch(r"(.+=)?[1-9]\d?x[1-9]\d{,4}", size)
+        expect(good, "--encoder", "sizes such as 2x64", size)
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
@@ -593,8 +594,9 @@ def finish_run(trainer, results):
         why = f"no task has improved for {settings.patience} epochs; to go on, raise --patience"
     print(f"\nstopped at epoch {done}: {why}\n\nF1 on test in percent")
     print_scores(columns, [f"{task} {n}" for task, head in heads.items() for n in head.score_names])
-    print("own best: with the weights of the epoch in which the task was best on dev, as in the paper"
-          f"\none model: with the weights of epoch {best}, which has the best mean on dev; it predicts\n")
+    print("own best: with the weights of the epoch in which the task was best on dev, as in the "
+          f"paper\none model: with the weights of epoch {best}, which has the best mean on dev; it "
+          "predicts\n")
     for name, row in results.items():
         ends = row["best_epoch"] == done
         more = f"; --epochs {2 * done} may help" if not row["best_dev"] or ends else ""
@@ -702,10 +704,10 @@ def parse(arguments):
                         prog, max_help_position=26, width=100))
     add = parser.add_argument_group("the run").add_argument
     add("--run", metavar="DIR", help="folder of the run (default: runs/<tasks>)")
-    add("--resume", action="store_true", help="go on with --run; --epochs, --patience, --device and "
-        "the place of --data may change")
-    add("--predict", metavar="FILE", nargs="+", help="annotate .json, .jsonl, .conll, .bio files, or "
-        "else raw text (-: standard input)")
+    add("--resume", action="store_true", help="go on with --run; --epochs, --patience, --device "
+        "and the place of --data may change")
+    add("--predict", metavar="FILE", nargs="+", help="annotate .json, .jsonl, .conll, .bio files, "
+        "or else raw text (-: standard input)")
     add("--evaluate", metavar="PATH", help="score an annotated file, or the test file of a folder")
     add("--features", metavar="FILE.py", default="", help="your contextual vectors: a Python file "
         "with a function features(sentences), see the README")
@@ -757,7 +759,8 @@ def main(arguments=None):
             refuse_existing(folder)
             finish_run(*run(settings, folder, features))
     except KeyboardInterrupt:
-        expect(Path(folder, "checkpoint.pt").exists(), folder, "a run", "none: stopped before it began")
+        begun = Path(folder, "checkpoint.pt").exists()
+        expect(begun, folder, "a run", "none: stopped before it began")
         raise InputError(f"stopped; go on with: {again(folder, features, '--resume')}") from None
     return 0
 
