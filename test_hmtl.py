@@ -1207,8 +1207,6 @@ class TrainingTest(unittest.TestCase):
             trainer.train_epoch(epoch)
         self.assertEqual([name for name, _ in seen], ["ner", "ner", "rel", "rel"] * 2)
 
-# ------------------------------------------------------------------------------- input and corpus
-
 def mutated(data, rng):
     """The bytes with one to three small damages."""
     for _ in range(rng.randint(1, 3)):

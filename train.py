@@ -313,7 +313,8 @@ class SuccessiveTrainer(MultiTaskTrainer):
     def __init__(self, model, *arguments):
         super().__init__(model, *arguments)
         uses = Counter(id(p) for head in model.heads.values() for p in {*head.parameters()})
-        self.shared = [p for p in model.parameters() if uses[id(p)] != 1]    # not of one head alone
+        self.shared = [p for name, p in model.named_parameters()
+                       if name.startswith(("embedder", "encoders")) or uses[id(p)] > 1]
         self.before = None                           # the task of the last step
 
     def plan(self, rng):
