@@ -30,11 +30,11 @@ from tasks import (COREF_SCORES, ContextualVectors, Document, Scores, by_length,
 # - A sentence's loss is a sum over tokens or pairs. The authors' code averages over padding, too.
 # - Word dropout: a rare word is read as <unknown> half of the time. So <unknown> gets a trained
 #   vector, and names are matched by their characters, too.
-# - LSTMs start from larger weights, relations from a bias of -7, and a task whose dev score is
-#   still 0 keeps its patience and learning rate. Otherwise relations never start to learn.
+# - LSTMs start from larger weights, the relation head from a bias of -7. While a task's dev score
+#   is 0, its patience and learning rate stay. Otherwise relations never start to learn.
 # - Coreference keeps gold mentions beside the best spans in training. Kept spans may cross.
-# - The antecedent scorer multiplies projections of two spans: similar scores, 1/1.7 of the time.
-# - Dropout is drawn for distinct words, and for spans instead of hidden units: this is faster.
+# - The antecedent scorer multiplies projections of two spans: as good, in 1/1.7 of the time.
+# - Equal words of a batch share a dropout mask, and spans are dropped, not hidden units: faster.
 
 # Each task and the tasks below it, the nearest first. The encoder of a task reads the output of
 # the first of these that is trained too. For instance, rel reads ner if there is no emd.
@@ -63,7 +63,7 @@ class Embedder(nn.Module):
         self.char_vectors = nn.Embedding(n_chars, settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.char_vectors.weight.data[1])
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        # Word dropout: the probability of each word to be read as <unknown>.
+        # Word dropout: the probability that a word is read as <unknown>.
         is_rare = torch.tensor(vocabulary.counts) <= settings.rare
         n_others = len(vocabulary.words) - len(is_rare)                   # words without counts
         probability = F.pad(settings.unknown * is_rare, (0, n_others))    # 0 for the others
@@ -81,8 +81,8 @@ class Embedder(nn.Module):
         if self.training:
             probability = self.unknown_probability[ids]
             ids = torch.where(torch.rand_like(probability) < probability, 1, ids)
-        # The features of the U distinct words, then features[which_word], those of all tokens.
-        # F.embedding gives the same, with a faster gradient.
+        # The features of the U distinct words, and from these the features of all tokens:
+        # F.embedding gives features[which_word], with a faster gradient.
         features = dropout(self.word_features(ids, batch), self.rate, self.training)
         x = F.embedding(batch.which_word, features)                # (B, T, word_width)
         # The contextual vectors of all tokens, where there are any.
@@ -93,7 +93,7 @@ class Embedder(nn.Module):
         return torch.cat([self.word_vectors(ids), self.char_features(batch)], 1)
 
     def char_features(self, batch):
-        """max_t relu(Q [c_{t-1}; c_t; c_{t+1}] + b) over the characters c_t of each word,
+        """max_t relu(filters([c_{t-1}; c_t; c_{t+1}])) over the characters c_t of each word,
         (U, filters)."""
         # The obvious form is nn.Conv1d over words that are padded to the longest word. Here all
         # words lie in one row, without padding, which takes 1/1.2 of the time:
@@ -101,13 +101,13 @@ class Embedder(nn.Module):
         windows = batch.chars.unfold(0, 3, 1)                            # (C + U - 1, 3)
         windows = windows[windows[:, 1] > 0]                             # (C, 3)
         outputs = self.filters(self.char_vectors(windows).flatten(1))    # (C, filters)
-        # The maximum over each word. As it starts from 0, it is also the ReLU.
+        # The maximum over each word. It starts from 0, so no ReLU is needed.
         features = outputs.new_zeros(len(batch.word_ids), outputs.shape[1])
         words = batch.word_of_char[:, None].expand_as(outputs)
         return features.scatter_reduce(0, words, outputs, "amax")
 
 class Encoder(nn.Module):
-    """Bidirectional LSTM layers that read no padding before a word."""
+    """Bidirectional LSTM layers whose output does not depend on padding."""
     # The backward half of a plain padded BiLSTM begins in the padding, so its output depends on
     # the other sentences of the batch. Packed sequences are right, but take 1.2 to 1.5 times as
     # long. Here both LSTMs read from left to right, and the second gets each sentence reversed.
@@ -173,7 +173,7 @@ class Head(nn.Module):
         super().__init__()
         self.task = task
         self.labels = labels
-        self.label_ids = dict(zip(labels, count()))
+        self.label_ids = dict(zip(labels, range(len(labels))))
 
     def gold(self, batch):
         """The gold clusters of every document, or the gold rows of its only sentence."""
@@ -243,8 +243,10 @@ class CRF(nn.Module):
         # best   = max_j (b_n(j) + end(j))
         transitions = self.transitions + self.penalty[:-1, :-1]
         b = self.start + self.penalty[-1, :-1] + emissions[:, 0]         # (B, K)
-        same, steps = torch.arange(b.shape[1], device=b.device), []
+        steps = []
+        same = torch.arange(b.shape[1], device=b.device)                 # each tag itself
         for t in range(1, emissions.shape[1]):
+            # before[:, j] is the best tag before tag j, and top[:, j] its score.
             top, before = (b[:, :, None] + transitions).max(1)           # (B, K) each
             # After the end of a sentence, b stays as it is.
             b = torch.where(mask[:, t, None], emissions[:, t] + top, b)
@@ -265,7 +267,7 @@ class Tagger(Head):
         self.tags = ["O"]
         for label in labels:
             self.tags += [f"B-{label}", f"I-{label}", f"U-{label}", f"L-{label}"]
-        self.tag_ids = dict(zip(self.tags, count()))
+        self.tag_ids = dict(zip(self.tags, range(len(self.tags))))
         self.emit = nn.Linear(width, len(self.tags))
         # The boundary of a sentence behaves like O: no span goes over it.
         bounded = [*self.tags, "O"]
@@ -291,9 +293,9 @@ class Tagger(Head):
 # -------------------------------------------------------------------------- rel: pairs of tokens
 class RelationHead(Head):
     """Multi-head selection (Bekoulis et al. 2018): every ordered pair of tokens i, j gets a
-    probability for every label,
+    probability for every label k,
 
-        P(i, j, label) = sigmoid(label(relu(first(x_i) + second(x_j))))
+        P(i, j, k) = sigmoid(label(relu(first(x_i) + second(x_j))))_k
     """
     # first, second and label are linear layers. A relation is placed at the last tokens of its
     # two arguments: in "Ada Kell works for Nordex ." at i = 1 and j = 4.
@@ -312,7 +314,7 @@ class RelationHead(Head):
     def logits(self, x, batch):
         """A list with (t, t, labels) for every sentence of t tokens."""
         # One padded tensor for all sentences, (B, T, T, labels), takes 3.5 times as long.
-        first = self.first(x)[batch.mask].split(batch.lengths)           # B times (t, H)
+        first = self.first(x)[batch.mask].split(batch.lengths)           # B times (t, units)
         second = self.second(x)[batch.mask].split(batch.lengths)
         return [self.label(F.relu(u[:, None] + v)) for u, v in zip(first, second)]
 
@@ -341,14 +343,15 @@ class RelationHead(Head):
         return predictions
 
     def count(self, predictions, batch):
-        tagger = argument_tagger(predictions)
+        tagger = argument_tagger(predictions)               # its name is also its annotation
+        found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
-            pairs, spans = predictions[self.task.name][i], predictions.get(tagger, {i: None})[i]
+            spans = found[i] if found else None
             gold_spans, = batch.documents[i].annotations.get(tagger, [None])
-            yield count_relations(pairs, gold, spans, gold_spans)
+            yield count_relations(predictions[self.task.name][i], gold, spans, gold_spans)
 
 def argument_tagger(names):
-    """The nearest tagger below relations. Its spans are their arguments."""
+    """The nearest tagger below rel: its spans are the arguments of relations."""
     return next((name for name in HIERARCHY["rel"] if name in names), None)
 
 # --------------------------------------------------------------------------- coref: antecedents
@@ -356,7 +359,7 @@ def argument_tagger(names):
 #     G   width of a span representation           A   antecedents that a span may have
 class FFNN(nn.Module):
     """Scores [a; b; ...] by a network with two hidden layers of H units."""
-    # The first layer is linear, W [a; b] = W_a a + W_b b. So its parts, W_a and W_b, can be
+    # The first layer is linear, M [a; b] = M_a a + M_b b. So its parts, M_a and M_b, can be
     # applied once to each token or span. The caller does that, and adds the results up.
 
     def __init__(self, widths, units):
@@ -367,7 +370,7 @@ class FFNN(nn.Module):
         self.score = nn.Linear(units, 1)
 
     def forward(self, summed):
-        """(..., H) -> (...)."""
+        """The sum of the outputs of the parts, (..., H) -> scores (...)."""
         hidden = F.relu(self.hidden(F.relu(summed + self.bias)))
         return self.score(hidden).squeeze(-1)
 
@@ -386,23 +389,23 @@ class CorefHead(Head):
     # of how many kept spans back j is. p_i is a projection of g_i.
     score_names = (*COREF_SCORES, "mean")
     mean = "mean"
-    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]      # distances 1, 2, 3, 4, 5-7, 8-15, ... are alike
+    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]      # of distances: 1, 2, 3, 4, 5-7, 8-15, ..., 64-
 
     def __init__(self, task, labels, width, embedded_width, settings):
         super().__init__(task, labels)
         units = settings.coref_units
-        feature = 20                                                     # of width and distance
-        span_width = 2 * width + embedded_width + feature                # G
+        feature_width = 20                                  # of the width and distance vectors
+        span_width = 2 * width + embedded_width + feature_width                # G
         self.settings = settings
         self.attention = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1))
-        self.width_vectors = nn.Embedding(settings.max_span, feature)
-        self.distance_vectors = nn.Embedding(len(self.BUCKETS) + 1, feature)
-        self.mention_scorer = FFNN([width, width, embedded_width, feature], units)
+        self.width_vectors = nn.Embedding(settings.max_span, feature_width)
+        self.distance_vectors = nn.Embedding(len(self.BUCKETS) + 1, feature_width)
+        self.mention_scorer = FFNN([width, width, embedded_width, feature_width], units)
         self.project = nn.Linear(span_width, units)
-        self.pair_scorer = FFNN([span_width, span_width, units, feature], units)
+        self.pair_scorer = FFNN([span_width, span_width, units, feature_width], units)
 
     def loss(self, x, embedded, batch):
-        """- sum over kept spans of log P(the span picks one of its correct antecedents)."""
+        """-sum_i log P(kept span i picks one of its correct antecedents)."""
         clusters, = self.gold(batch)
         gold = gold_clusters(batch, clusters, self.settings.max_span)    # (N, W)
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch, gold)
@@ -438,17 +441,17 @@ class CorefHead(Head):
         embedded = embedded[batch.mask]                                  # (N, E)
         ends, valid = candidate_spans(batch, self.settings.max_span)     # (N, W) each
         # attention[n, w, k] is the weight of token n + k in span [n, w], 0 outside of it.
-        scores = self.attention(x).squeeze(1)[ends]                      # (N, W)
+        attention_scores = self.attention(x).squeeze(1)[ends]            # (N, W)
         k = torch.arange(ends.shape[1], device=x.device)
         outside = k > k[:, None]                                         # (W, W): k > w
-        attention = scores[:, None].masked_fill(outside, float("-inf")).softmax(2)
+        attention = attention_scores[:, None].masked_fill(outside, float("-inf")).softmax(2)
         # s_m = FFNN(g) of all N x W spans, without building g: see FFNN. The weighted mean of
         # projected tokens is equal to the projection of their weighted mean.
-        first, last, attended, width = self.mention_scorer.parts
-        of_first = first(x)[:, None]                                     # (N, 1, H)
-        of_last = last(x)[ends]                                          # (N, W, H)
-        of_attended = attention @ attended(embedded)[ends]               # (N, W, H)
-        of_width = width(self.width_vectors.weight)                      # (W, H)
+        to_first, to_last, to_attended, to_width = self.mention_scorer.parts
+        of_first = to_first(x)[:, None]                                  # (N, 1, H)
+        of_last = to_last(x)[ends]                                       # (N, W, H)
+        of_attended = attention @ to_attended(embedded)[ends]            # (N, W, H)
+        of_width = to_width(self.width_vectors.weight)                   # (W, H)
         scores = self.mention_scorer(of_first + of_last + of_attended + of_width)
         scores = scores.masked_fill(~valid, float("-inf"))               # (N, W)
         # Keep the best. In training, keep the gold mentions too: otherwise all scores can fall
@@ -472,16 +475,16 @@ class CorefHead(Head):
         #     span 1     none     span 0   -        -
         #     span 2     none     span 1   span 0   -
         #     span 3     none     span 2   span 1   span 0
-        span, antecedent, product, distance = self.pair_scorer.parts
-        of_span = span(g)                                                # (S, H)
-        of_antecedent = antecedent(g)                                    # (S, H)
+        to_span, to_antecedent, to_product, to_distance = self.pair_scorer.parts
+        of_span = to_span(g)                                             # (S, H)
+        of_antecedent = to_antecedent(g)                                 # (S, H)
         p = self.project(g)                                              # (S, H)
-        of_distance = distance(self.distance_vectors.weight)             # (buckets, H)
-        columns = [0 * mention_scores]       # not zeros: a single span needs a gradient, too
+        of_distance = to_distance(self.distance_vectors.weight)          # (buckets, H)
+        columns = [0 * mention_scores]       # 0, but with a gradient even if S is 1
         for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
             # All pairs (i, i - d) at once.
             bucket = sum(d >= edge for edge in self.BUCKETS)
-            summed = of_span[d:] + of_antecedent[:-d] + product(p[d:] * p[:-d])
+            summed = of_span[d:] + of_antecedent[:-d] + to_product(p[d:] * p[:-d])
             pair_scores = self.pair_scorer(summed + of_distance[bucket])       # (S - d,)
             column = mention_scores[d:] + mention_scores[:-d] + pair_scores
             columns.append(F.pad(column, (d, 0), value=float("-inf")))
@@ -534,7 +537,7 @@ class HMTL(nn.Module):
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
         self.embedder = Embedder(vocabulary, settings, vectors, contextual)
-        # An encoder for every task. It reads the embedder and the encoder below it.
+        # An encoder for every task. It reads the outputs of the embedder and the encoder below.
         self.below = self.encoders_below()
         sizes = per_task(settings.encoder, list(self.tasks), "--encoder")
         self.encoders = nn.ModuleDict()
@@ -558,6 +561,7 @@ class HMTL(nn.Module):
         return below
 
     def head_width(self, name):
+        """The width of what a task's head reads."""
         return self.encoders[name].width
 
     def device(self):

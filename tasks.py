@@ -69,9 +69,9 @@ def sentences_of(document):
     sentences, start = [], 0
     for i, words in enumerate(document.sentences):
         sentence = Document(document.key, [words])
-        for key, lists in document.annotations.items():
-            if key != "clusters":
-                sentence.annotations[key] = [shifted(lists[i], -start)]
+        for name, lists in document.annotations.items():
+            if name != "clusters":
+                sentence.annotations[name] = [shifted(lists[i], -start)]
         if words:
             sentences.append(sentence)
         start += len(words)
@@ -96,7 +96,7 @@ class Task:
     def load_data(self, folder=None, max_tokens=math.inf, keys=None):
         """Reads train, dev and test from a folder, or takes the built-in corpus. Documents
         without the task's annotation are left out. Coreference cuts training documents of more
-        than max_tokens. keys: the annotations to read, else those of all tasks."""
+        than max_tokens. keys: read only these annotations (default: those of all tasks)."""
         for split in ("train", "dev", "test"):
             documents = load_split(folder, split, self, keys)
             longest = max_tokens if split == "train" else math.inf
@@ -111,11 +111,11 @@ class Task:
     def labels(self, split="train"):
         """The labels in a split, sorted. Clusters have none."""
         labels = set()
-        for document in self.data[split]:
+        for document in [] if self.whole_documents else self.data[split]:
             for rows in document.annotations[self.annotation]:
                 for *_, label in rows:
                     labels.add(label)
-        return [] if self.whole_documents else sorted(labels)
+        return sorted(labels)
 
     def documents_per_batch(self, batch_size):
         """batch_size sentences, or one whole document."""
@@ -133,7 +133,7 @@ class Task:
         lengths = list(map(len, documents))
         first_pass, skip = divmod(start, self.n_batches(batch_size))
         for n_pass in count(first_pass):
-            rng = np.random.default_rng([seed, *self.name.encode(), n_pass])
+            rng = np.random.default_rng([seed, *self.name.encode(), n_pass])  # name as numbers
             plan = plan_batches(lengths, self.documents_per_batch(batch_size), rng)
             for indices in plan[skip:]:
                 yield [documents[i] for i in indices]
@@ -176,7 +176,7 @@ class Vocabulary:
 
     @classmethod
     def from_documents(cls, documents, vector_words=()):
-        # Count documents, not tokens: a name that one document repeats is new in all the others.
+        # Count documents, not tokens: a name that only one document uses, even ten times, is rare.
         # Sentences that were cut from the same document share its key.
         words_of = defaultdict(set)
         for document in documents:
@@ -189,18 +189,18 @@ class Vocabulary:
             chars.update(*words)
         # The most frequent words come first. Padding and <unknown> are never rare.
         words = sorted(counts, key=lambda word: (-counts[word], word))
-        numbers = [math.inf, math.inf, *map(counts.get, words)]
+        all_counts = [math.inf, math.inf, *map(counts.get, words)]
         more = [word for word in vector_words if word not in counts]
         special = ["", "<unknown>"]
-        return cls(special + words, special + sorted(chars), numbers, more)
+        return cls(special + words, special + sorted(chars), all_counts, more)
 
     def spelling(self, word):
         """The ids of a word's characters."""
         return [self.char_ids.get(char, 1) for char in word[:self.MAX_CHARS]]
 
 def lookup_form(word):
-    """The form in which a word is looked up: with composed letters (NFC), and without
-    invisible characters (Cf). So it does not matter how a program has written "Zürich"."""
+    """A word with composed letters (NFC) and without invisible characters (Cf), so that it
+    does not matter how a program has written "Zürich". Capitals stay."""
     if word.isascii():
         return word
     visible = [char for char in word if unicodedata.category(char) != "Cf"]
@@ -218,7 +218,7 @@ class Batch:
     mask: torch.Tensor           # (B, T) True on tokens, False on padding
     which_word: torch.Tensor     # (B, T) which of the U distinct words each token is
     word_ids: torch.Tensor       # (U,) the ids of the distinct words in the vocabulary
-    chars: torch.Tensor          # (C + U + 1,) their characters, with a 0 between words
+    chars: torch.Tensor          # (C + U + 1,) their characters, 0 before and after each word
     word_of_char: torch.Tensor   # (C,) which of the U words each character belongs to
 
     def to(self, device):
@@ -230,14 +230,14 @@ def make_batch(documents, vocabulary):
     sentences = [words for document in documents for words in document.sentences if words]
     lengths = list(map(len, sentences))
     # Number the distinct words in the order in which they appear. Number 0 is the padding word "".
-    numbers = {"": 0}
+    number_of = {"": 0}
     which_word = np.zeros((len(sentences), max(lengths)), dtype=np.int64)
     for row, words in zip(which_word, sentences):
-        row[:len(words)] = [numbers.setdefault(word, len(numbers)) for word in words]
+        row[:len(words)] = [number_of.setdefault(word, len(number_of)) for word in words]
     # Look them up. All characters lie in one row, such as 0 0 A d a 0 K e l l 0 for "Ada Kell": the
     # padding word has no characters, so that nothing stands between the first two zeros.
     word_ids, chars, word_of_char = [], [0], []
-    for word, number in numbers.items():
+    for word, number in number_of.items():
         word = lookup_form(word)
         spelling = vocabulary.spelling(word)
         word_ids.append(vocabulary.word_ids.get(word.lower(), 1))
@@ -282,8 +282,8 @@ def spans_of(tags):
     return spans
 
 def may_follow(left, right):
-    """Whether `right` may follow `left`: after B or I only I or L of the same label, and these
-    only there."""
+    """Whether `right` may follow `left`: an open span (B or I) must go on with I or L of its
+    label, and I and L need an open span."""
     is_open, goes_on = left[0] in "BI", right[0] in "IL"
     return is_open == goes_on and (not is_open or left[2:] == right[2:])
 
@@ -298,15 +298,15 @@ class Scores:
     # right and found are the same number in all scores but B-cubed.
 
     def __init__(self, mean=None):
-        """mean: a name under which the mean of all F1 is a score, too."""
+        """mean: if given, the mean of all F1 is one more score, with this name."""
         self.mean = mean
         self.counts = {}
 
     def add(self, counts):
         """counts: {score name: (right, predicted, found, gold)} of one document."""
-        for name, numbers in counts.items():
+        for name, four in counts.items():
             before = self.counts.get(name, (0, 0, 0, 0))
-            self.counts[name] = tuple(a + b for a, b in zip(before, numbers))
+            self.counts[name] = tuple(a + b for a, b in zip(before, four))
 
     def compute(self):
         """{name: F1, name-precision: P, name-recall: R}, for every score."""
@@ -328,7 +328,7 @@ def count_rows(predicted, gold):
     return n_right, len(predicted), n_right, len(gold)
 
 def count_labels(name, predicted, gold):
-    """{"f1": counts of all rows, "f1 PER": of those whose last entry is PER, ...}."""
+    """{name: counts of all rows, "name PER": of those whose last entry is PER, ...}."""
     counts = {name: count_rows(predicted, gold)}
     for label in sorted({row[-1] for row in [*predicted, *gold]}):
         rows = [[row for row in side if row[-1] == label] for side in (predicted, gold)]
@@ -337,7 +337,7 @@ def count_labels(name, predicted, gold):
 
 def count_relations(pairs, gold, spans=None, gold_spans=None):
     """The counts of three scores of relations. pairs: predicted (last token, last token,
-    label). gold: relations. spans and gold_spans: those of a tagger, for the last two scores."""
+    label). gold: relations. spans: predicted by a tagger. gold_spans: the annotated ones."""
     # last-token (the paper's score) asks for the label and the last token of each argument.
     gold_pairs = [(end1, end2, label) for _, end1, _, end2, label in gold]
     counts = count_labels("last-token", pairs, gold_pairs)

@@ -1,14 +1,14 @@
-"""Training: every step trains one task, which is drawn. Read tasks.py and hmtl.py before.
+"""Training: every step trains one task, drawn at random. Read tasks.py and hmtl.py before.
 
     python train.py --tasks ner rel                       # the built-in corpus
     python train.py --tasks ner rel --data DIR --vectors glove.txt
     python train.py --run runs/ner-rel --resume           # go on after any interruption
     python train.py --run runs/ner-rel --predict FILE     # raw text, or - for standard input
 
-An epoch has as many steps as all tasks together have training batches. A step draws a task, in
-proportion to its batches, and makes one step of its optimizer on its next batch. After every
-epoch each task is scored on dev, and its best weights are kept. Training ends when no task has
-improved for `patience` epochs.
+An epoch has as many steps as all tasks together have training batches. Each step draws a task,
+with a probability in proportion to its number of batches, and updates the model on the task's
+next batch. After every epoch each task is scored on dev, and its best weights are kept. Training
+ends when no task has improved for `patience` epochs.
 
 Below the line "Skip this on a first reading" stand settings, variants, files and the screen.
 """
@@ -41,7 +41,7 @@ from tasks import (JSON_SUFFIXES, ContextualVectors, InputError, Vocabulary,
 
 # ------------------------------------------------------------------------------- which task next
 def sampling_probabilities(schedule, n_batches):
-    """A task's batches / the batches of all tasks. With "uniform", the same for all tasks."""
+    """The probability of each task: its batches / all batches. With "uniform", equal ones."""
     shares = np.ones(len(n_batches)) if schedule == "uniform" else np.array(n_batches)
     return shares / shares.sum()
 
@@ -52,7 +52,7 @@ def choose_task(sampling_prob, rng):
 
 def plan_epoch(schedule, n_batches, rng):
     """For every step of an epoch, the index of the task to train."""
-    # Tasks with 3, 2 and 1 batches have epochs of 6 steps, such as [0, 1, 0, 0, 2, 1].
+    # Tasks with 3, 2 and 1 batches have epochs of 6 steps, such as [0, 1, 0, 0, 1, 0].
     sampling_prob = sampling_probabilities(schedule, n_batches)
     return [choose_task(sampling_prob, rng) for _ in range(sum(n_batches))]
 
@@ -93,13 +93,13 @@ class MultiTaskTrainer:
         for task in tasks:
             adam = optim.Adam(model.parameters(), settings.lr, fused=True)
             self.optimizers[task.name] = adam
-            # The plateau rule: halve the learning rate after too many epochs without a new best.
+            # The plateau rule: halve the rate after more than lr_patience epochs without a best.
             self.lr_schedulers[task.name] = optim.lr_scheduler.ReduceLROnPlateau(
                 adam, "max", factor=0.5, threshold=0, patience=settings.lr_patience)
         self.start_batches(steps={})
         self.history = []             # for every epoch its losses, dev scores, learning rates
         self.best = {}                # {task name, or "mean" of all: weights of the best epoch}
-        self.saved = False            # whether the folder holds the run
+        self.saved = False            # whether the folder holds the run (see start_run)
 
     def start_batches(self, steps):
         """steps: {task name: the number of steps so far}. Each step draws one batch."""
@@ -113,18 +113,18 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch number n_epochs, or until no task improves any more."""
-        start_run(self)
+        start_run(self)                                       # makes the folder of a new run
         while len(self.history) < n_epochs and not self.out_of_patience():
             started = time.time()
             losses = self.train_epoch(len(self.history))
             self.score_epoch(losses)
-            end_epoch(self, time.time() - started, n_epochs)
+            end_epoch(self, time.time() - started, n_epochs)  # saves the run, prints a line
 
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {task: mean loss}."""
         # Every epoch seeds itself, so that a resumed run draws the numbers of an uninterrupted one.
         rng = np.random.default_rng([self.settings.seed, epoch])
-        torch.manual_seed(int(rng.integers(2 ** 63)))
+        torch.manual_seed(int(rng.integers(2 ** 63)))         # for dropout
         self.model.train()
         losses = {}
         for index in self.plan(rng):
@@ -162,7 +162,7 @@ class MultiTaskTrainer:
         dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
         self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
                              "loss": losses, "dev": dev, "lr": rates})
-        # Keep the weights for every task that is at its best, and if the mean of all is.
+        # Keep these weights for every task that has its best score so far, and for the mean.
         weights = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
         for name, scores in self.watched_scores().items():
             if best_epoch(scores) == len(scores) - 1:
@@ -191,11 +191,11 @@ class MultiTaskTrainer:
 
     def out_of_patience(self):
         """Has no task improved for `patience` epochs?"""
-        waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks if self.history]
-        return min(waited, default=0) >= self.settings.patience
+        waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks]
+        return min(waited) >= self.settings.patience
 
     def final_scores(self):
-        """{task name: {"own_best", "one_model": {"dev", "test": scores}}}."""
+        """{task name: {"own_best" or "one_model": {"dev" or "test": scores}}}."""
         # own_best: each task has its own best weights, as in the paper. one_model: those of the
         # best mean, which stay loaded.
         results = {}
@@ -215,11 +215,12 @@ def run(settings, folder, features=""):
     return trainer, trainer.final_scores()
 
 def build(settings, features=""):
-    """(tasks with their data, vocabulary, model). features: the user's contextual vectors."""
+    """(tasks with their data, vocabulary, model). features: path of the user's Python file."""
     tasks, vectors, contextual, device = load_inputs(settings, features)
     documents = [document for task in tasks for document in task.data["train"]]
     labels = {task.name: task.labels() for task in tasks}
-    vocabulary = Vocabulary.from_documents(documents, vectors[0] if vectors else ())
+    words = vectors[0] if vectors else ()                 # vectors: (words, array), or None
+    vocabulary = Vocabulary.from_documents(documents, words)
     torch.manual_seed(settings.seed)
     model = SHARINGS[settings.sharing](tasks, labels, vocabulary, settings, vectors, contextual)
     return tasks, vocabulary, model.to(device)
