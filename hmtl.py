@@ -25,16 +25,17 @@ from tasks import (COREF_SCORES, ContextualVectors, Document, Scores, by_length,
 
 # What differs from the paper, and why:
 # - Any frozen encoder can take the place of ELMo (--features). None comes with this project.
-# - By default other sizes, smaller batches, a higher learning rate: relations need fewer epochs.
+# - Other default sizes, smaller batches, a higher learning rate: so relations need fewer epochs.
 # - Coreference, too, encodes each sentence on its own, as in Lee et al. 2017.
 # - A sentence's loss is a sum over tokens or pairs. The authors' code averages over padding, too.
 # - Word dropout: a rare word is read as <unknown> half of the time. So <unknown> gets a trained
 #   vector, and names are matched by their characters, too.
-# - LSTMs start from larger weights, the relation head from a bias of -7. While a task's dev score
-#   is 0, its patience and learning rate stay. Otherwise relations never start to learn.
-# - Coreference keeps gold mentions beside the best spans in training. Kept spans may cross.
-# - The antecedent scorer multiplies projections of two spans: as good, in 1/1.7 of the time.
-# - Equal words of a batch share a dropout mask, and spans are dropped, not hidden units: faster.
+# - LSTMs start from larger weights, the relation head from a bias of -7. While a task scores 0 on
+#   dev, its patience is not used up and its learning rate is kept. Else relations never start.
+# - Coreference keeps the best spans, crossing or not, and in training the gold mentions, too.
+# - The antecedent scorer multiplies projections of two spans: as good, and 1.7 times as fast.
+# - Equal words of a batch share a dropout mask, and dropout acts on span representations, not on
+#   hidden units: this is faster.
 
 # Each task and the tasks below it, the nearest first. The encoder of a task reads the output of
 # the first of these that is trained too. For instance, rel reads ner if there is no emd.
@@ -63,7 +64,7 @@ class Embedder(nn.Module):
         self.char_vectors = nn.Embedding(n_chars, settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.char_vectors.weight.data[1])
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        # Word dropout: the probability that a word is read as <unknown>.
+        # Word dropout: a word of at most `rare` documents is unknown with probability `unknown`.
         is_rare = torch.tensor(vocabulary.counts) <= settings.rare
         n_others = len(vocabulary.words) - len(is_rare)                   # words without counts
         probability = F.pad(settings.unknown * is_rare, (0, n_others))    # 0 for the others
@@ -96,8 +97,8 @@ class Embedder(nn.Module):
         """max_t relu(filters([c_{t-1}; c_t; c_{t+1}])) over the characters c_t of each word,
         (U, filters)."""
         # The obvious form is nn.Conv1d over words that are padded to the longest word. Here all
-        # words lie in one row, without padding, which takes 1/1.2 of the time:
-        #     0 A d a 0 K e l l 0     has the windows  0Ad Ada da0   0Ke Kel ell ll0
+        # words lie in one row, without padding, which is 1.2 times as fast. The windows around
+        # the characters of 0 A d a 0 K e l l 0 are  0Ad Ada da0  0Ke Kel ell ll0.
         windows = batch.chars.unfold(0, 3, 1)                            # (C + U - 1, 3)
         windows = windows[windows[:, 1] > 0]                             # (C, 3)
         outputs = self.filters(self.char_vectors(windows).flatten(1))    # (C, filters)
@@ -166,7 +167,7 @@ class Head(nn.Module):
     decode(x, embedded, batch)    the predictions: for every document a list of rows
     """
     # x (B, T, D) is the output of the task's encoder, and embedded (B, T, E) the embedder's.
-    score_names = ("f1",)         # what `count` counts, without the scores of single labels
+    score_names = ("f1",)         # the names of its scores, without those of single labels
     mean = None                   # the name of their mean, if that is a score too
 
     def __init__(self, task, labels):
@@ -343,11 +344,11 @@ class RelationHead(Head):
         return predictions
 
     def count(self, predictions, batch):
-        tagger = argument_tagger(predictions)               # its name is also its annotation
+        tagger = argument_tagger(predictions)      # such as "ner", also the key of its annotation
         found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
             spans = found[i] if found else None
-            gold_spans, = batch.documents[i].annotations.get(tagger, [None])
+            gold_spans, = batch.documents[i].annotations.get(tagger, [None])     # None: missing
             yield count_relations(predictions[self.task.name][i], gold, spans, gold_spans)
 
 def argument_tagger(names):
@@ -379,26 +380,26 @@ class CorefHead(Head):
     gets a mention score, and the best spans are kept. Each of them then picks an antecedent
     among the A kept spans before it, or none.
 
-        g_i       = [x_first; x_last; attended; width]        the representation of span i
+        g_i       = [x_first; x_last; attended; length]       the representation of span i
         s_m(i)    = FFNN(g_i)                                 is span i a mention?
         s_a(i, j) = FFNN([g_i; g_j; p_i * p_j; distance])     is span j an antecedent of i?
         s(i, j)   = s_m(i) + s_m(j) + s_a(i, j)               s(i, none) = 0
     """
     # attended is the mean of the span's embedded tokens, weighted by a learned attention that
-    # reads x. width and distance are learned vectors: of the number of tokens in the span, and
+    # reads x. length and distance are learned vectors: of the number of tokens in the span, and
     # of how many kept spans back j is. p_i is a projection of g_i.
     score_names = (*COREF_SCORES, "mean")
     mean = "mean"
-    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]      # of distances: 1, 2, 3, 4, 5-7, 8-15, ..., 64-
+    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]      # lower edges: 5 to 7, 8 to 15, ... share a bucket
 
     def __init__(self, task, labels, width, embedded_width, settings):
         super().__init__(task, labels)
         units = settings.coref_units
-        feature_width = 20                                  # of the width and distance vectors
+        feature_width = 20                                  # of the length and distance vectors
         span_width = 2 * width + embedded_width + feature_width                # G
         self.settings = settings
         self.attention = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1))
-        self.width_vectors = nn.Embedding(settings.max_span, feature_width)
+        self.length_vectors = nn.Embedding(settings.max_span, feature_width)
         self.distance_vectors = nn.Embedding(len(self.BUCKETS) + 1, feature_width)
         self.mention_scorer = FFNN([width, width, embedded_width, feature_width], units)
         self.project = nn.Linear(span_width, units)
@@ -447,12 +448,12 @@ class CorefHead(Head):
         attention = attention_scores[:, None].masked_fill(outside, float("-inf")).softmax(2)
         # s_m = FFNN(g) of all N x W spans, without building g: see FFNN. The weighted mean of
         # projected tokens is equal to the projection of their weighted mean.
-        to_first, to_last, to_attended, to_width = self.mention_scorer.parts
+        to_first, to_last, to_attended, to_length = self.mention_scorer.parts
         of_first = to_first(x)[:, None]                                  # (N, 1, H)
         of_last = to_last(x)[ends]                                       # (N, W, H)
         of_attended = attention @ to_attended(embedded)[ends]            # (N, W, H)
-        of_width = to_width(self.width_vectors.weight)                   # (W, H)
-        scores = self.mention_scorer(of_first + of_last + of_attended + of_width)
+        of_length = to_length(self.length_vectors.weight)                   # (W, H)
+        scores = self.mention_scorer(of_first + of_last + of_attended + of_length)
         scores = scores.masked_fill(~valid, float("-inf"))               # (N, W)
         # Keep the best. In training, keep the gold mentions too: otherwise all scores can fall
         # together until no gold mention is left, and then the loss stays at 0.
@@ -465,7 +466,7 @@ class CorefHead(Head):
         # Build g for the kept spans.
         n, w = kept.nonzero().unbind(1)                                  # (S,) each
         attended = torch.einsum("sw,swe->se", attention[n, w], embedded[ends[n]])
-        g = torch.cat([x[n], x[n + w], attended, self.width_vectors(w)], 1)
+        g = torch.cat([x[n], x[n + w], attended, self.length_vectors(w)], 1)
         return n, n + w, scores[n, w], dropout(g, self.settings.dropout, self.training)
 
     def antecedent_scores(self, mention_scores, g):
@@ -480,7 +481,7 @@ class CorefHead(Head):
         of_antecedent = to_antecedent(g)                                 # (S, H)
         p = self.project(g)                                              # (S, H)
         of_distance = to_distance(self.distance_vectors.weight)          # (buckets, H)
-        columns = [0 * mention_scores]       # 0, but with a gradient even if S is 1
+        columns = [0 * mention_scores]       # zeros, but backward() works even if S is 1
         for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
             # All pairs (i, i - d) at once.
             bucket = sum(d >= edge for edge in self.BUCKETS)

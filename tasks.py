@@ -47,7 +47,7 @@ class Document:
     #      "clusters": [[(0, 1), (6, 6)], [(4, 4), (8, 9)]]})
     #
     # A span is (start, end, label), where end is its last token. A relation is (start1, end1,
-    # start2, end2, label). Both stand in a list for their sentence. A cluster is a list of mentions
+    # start2, end2, label). Each sentence has a list of these. A cluster is a list of mentions
     # (start, end). A missing key means: not annotated. Empty lists mean: there is nothing.
     key: str
     sentences: list                             # a list of words for every sentence
@@ -110,11 +110,12 @@ class Task:
 
     def labels(self, split="train"):
         """The labels in a split, sorted. Clusters have none."""
+        if self.whole_documents:
+            return []
         labels = set()
-        for document in [] if self.whole_documents else self.data[split]:
-            for rows in document.annotations[self.annotation]:
-                for *_, label in rows:
-                    labels.add(label)
+        for document in self.data[split]:
+            for *_, label in document.annotations[self.annotation][0]:   # it has one sentence
+                labels.add(label)
         return sorted(labels)
 
     def documents_per_batch(self, batch_size):
@@ -259,7 +260,8 @@ def tags_of(spans, length):
     ['B-PER', 'L-PER', 'O', 'O', 'U-ORG', 'O']
     """
     tags = ["O"] * length
-    for start, end, label in sorted(spans, key=lambda span: (span[0] - span[1], span)):
+    longest_first = sorted(spans, key=lambda span: (span[0] - span[1], span))
+    for start, end, label in longest_first:
         if set(tags[start:end + 1]) == {"O"}:
             prefixes = "U" if start == end else "B" + "I" * (end - start - 1) + "L"
             tags[start:end + 1] = [f"{prefix}-{label}" for prefix in prefixes]
@@ -273,7 +275,7 @@ def spans_of(tags):
     """
     spans, previous = [], "O"
     for t, tag in enumerate(tags):
-        # As in conlleval, an I that does not go on with a span begins one.
+        # As in conlleval, an I that continues no span begins one.
         if previous[0] in "BI" and tag[0] in "IEL" and previous[2:] == tag[2:]:
             spans[-1] = (spans[-1][0], t, tag[2:])
         elif tag != "O":
@@ -282,8 +284,8 @@ def spans_of(tags):
     return spans
 
 def may_follow(left, right):
-    """Whether `right` may follow `left`: an open span (B or I) must go on with I or L of its
-    label, and I and L need an open span."""
+    """Whether `right` may follow `left`: after B or I must come I or L of the same label, and
+    these come only there."""
     is_open, goes_on = left[0] in "BI", right[0] in "IL"
     return is_open == goes_on and (not is_open or left[2:] == right[2:])
 
@@ -384,9 +386,9 @@ def muc(predicted, gold):
     return n_right, n_predicted, n_right, n_gold
 
 def b_cubed(predicted, gold):
-    """B-cubed (Bagga & Baldwin 1998) counts mentions. A mention is right to the degree to which
-    its predicted cluster lies in its gold cluster, and found the other way round."""
-    # Example: a and b are right to 2/2, c and d to 1/2, f and g to 2/4. That is 4 of 8 mentions.
+    """B-cubed (Bagga & Baldwin 1998) counts mentions. A mention is right by the share of its
+    predicted cluster that lies in its gold cluster; found, by the share of its gold cluster."""
+    # Example: a and b count 2/2 each, c and d 1/2, f and g 2/4. So 4 of 8 mentions are right.
     right = found = 0.0
     for (i, j), n in overlaps(predicted, gold).items():
         right += n * n / len(predicted[i])
@@ -564,7 +566,7 @@ def read_columns(path, annotation):
         where = f"{path}, line {n}"
         if line and not line.startswith("-DOCSTART-"):
             columns = re.split("\t+" if "\t" in line else " +", line)     # a word may hold others
-            word, tag = columns[0].strip(), columns[-1]
+            word, tag = columns[0].strip(), columns[-1].strip()
             expect(len(columns) > 1 and word, where, "a word and a tag", line)
             expect(re.fullmatch(r"O|[BIELSU]-.*\S.*", tag), where, "a tag such as O or B-PER", tag)
             expect(len(words) < 1000, where, "an empty line after a sentence", "1,001 words")
@@ -604,7 +606,7 @@ NEVER_LAST = re.compile(r"(?:al|Figs?|Eqs?|Sec|Tab|Ref|[Vv]ol|pp|ca|approx|Dept|
 ABBREVIATION = (
     r"\b(?:(?:\w+-)?(?:Mr|Mrs|Ms|Messrs|Dr|Prof|St|Mt|Ft|Gen|Sen|Rep|Gov|Lt|Col|Capt|Sgt|Maj|Adm"
     r"|Cmdr|Rev|Hon|Atty|Jr|Sr|Inc|Co|Corp|Ltd|Plc|Bros|Ave|vs|etc|Jan|Feb|Mar|Apr|Jun|Jul|Aug"
-    r"|Sept?|Oct|Nov|Dec)|(?:No|[Pp])(?=\.\s*\d)|[A-Za-z]{1,2}(?:\.[A-Za-z])+"
+    r"|Sept?|Oct|Nov|Dec)|(?:No|[Pp])(?=\.[^\S\n]*(?:\n[^\S\n]*)?\d)|[A-Za-z]{1,2}(?:\.[A-Za-z])+"
     r"|[A-Z](?=\.[^\S\n]*(?:\n[^\S\n]*)?\S))\.|\b(?<!\w\.)" + NEVER_LAST.pattern)
 STARTER = re.compile(
     r"[\"'(\[“‘]*(?:[¿¡]|(?:The|An?|This|That|These|Those|He|She|It|They|We|I|You|His|Her|Its"

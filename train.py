@@ -25,7 +25,7 @@ import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ import torch.distributed as dist
 from torch import nn, optim
 
 from hmtl import HIERARCHY, SHARINGS, Tagger, annotate
-from tasks import (JSON_SUFFIXES, ContextualVectors, InputError, Vocabulary,
-                   choose_tasks, cut_sentences, expect, file_of, make_batch, one_line, per_task,
+from tasks import (JSON_SUFFIXES, ContextualVectors, InputError, Vocabulary, choose_tasks,
+                   cut_sentences, expect, file_of, lookup_form, make_batch, one_line, per_task,
                    read_annotated, read_documents, read_text, read_vectors, spans_of, suffix_of,
                    tags_of, to_json)
 
@@ -93,12 +93,12 @@ class MultiTaskTrainer:
         for task in tasks:
             adam = optim.Adam(model.parameters(), settings.lr, fused=True)
             self.optimizers[task.name] = adam
-            # The plateau rule: halve the rate after more than lr_patience epochs without a best.
+            # Plateau rule: after more than lr_patience epochs without a new best, halve the rate.
             self.lr_schedulers[task.name] = optim.lr_scheduler.ReduceLROnPlateau(
                 adam, "max", factor=0.5, threshold=0, patience=settings.lr_patience)
         self.start_batches(steps={})
         self.history = []             # for every epoch its losses, dev scores, learning rates
-        self.best = {}                # {task name, or "mean" of all: weights of the best epoch}
+        self.best = {}                # {task name or "mean": the weights of its best epoch}
         self.saved = False            # whether the folder holds the run (see start_run)
 
     def start_batches(self, steps):
@@ -122,7 +122,7 @@ class MultiTaskTrainer:
 
     def train_epoch(self, epoch):
         """As many steps as there are training batches in all. Returns {task: mean loss}."""
-        # Every epoch seeds itself, so that a resumed run draws the numbers of an uninterrupted one.
+        # Every epoch has its own seed: a resumed run draws the same numbers as an unbroken one.
         rng = np.random.default_rng([self.settings.seed, epoch])
         torch.manual_seed(int(rng.integers(2 ** 63)))         # for dropout
         self.model.train()
@@ -178,7 +178,7 @@ class MultiTaskTrainer:
         return evaluate(self.model, self.vocabulary, task, task.data[split])
 
     def dev_scores(self, task):
-        """The dev score that decides, of every epoch; negated if it should decrease."""
+        """The validation metric on dev, for every epoch; negated if smaller is better."""
         sign = -1 if task.validation_metric_decreases else 1
         name = task.validation_metric_name
         return [sign * epoch["dev"][task.name][name] for epoch in self.history]
@@ -360,10 +360,11 @@ def load_inputs(settings, features):
     """Tasks with documents, (words, vectors) of a file or None, contextual vectors, the device."""
     tasks, contextual, vectors = load_tasks(settings), ContextualVectors(features), None
     if settings.vectors:
-        vectors = words, values = read_vectors(settings.vectors)
-        settings.word_dim, table = values.shape[1], {*words}       # the file's width counts
+        vectors = read_vectors(settings.vectors)
+        settings.word_dim, table = vectors[1].shape[1], {*vectors[0]}    # the file's width counts
         documents = chain(*(task.data["train"] for task in tasks))
-        share = np.mean([w.lower() in table for d in documents for w in chain(*d.sentences)])
+        words = map(lookup_form, chain(*(x for d in documents for x in d.sentences)))
+        share = np.mean([word.lower() in table for word in words])
         expect(share > 0, settings.vectors, "words of the training documents", "none")
         print(f"{settings.vectors}: vectors for {share:.1%} of the training tokens")
     contextual.keep(tasks)
@@ -456,7 +457,7 @@ def start_run(trainer):
     save_run(trainer)
 
 def refuse_existing(folder):
-    expect(not Path(folder).exists(), folder, "a new folder (--resume goes on with a run, or "
+    expect(not Path(folder).exists(), folder, "a new folder (to go on with a run, use --resume, or "
            "train.resume(folder) in Python)", "one that exists")
 
 def save_run(trainer):
@@ -561,10 +562,11 @@ def end_epoch(trainer, seconds, n_epochs):
     n, line = len(trainer.history), f"epoch {len(trainer.history):3d} {seconds:6.1f} s"
     for task in trainer.tasks:
         scores = trainer.dev_scores(task)
-        loss = trainer.history[-1]["loss"].get(task.name, math.nan)
+        losses = trainer.history[-1]["loss"]               # without a task that was never drawn
+        loss = f"{losses[task.name]:6.2f}" if task.name in losses else "     -"
         star = " " if epochs_waited(scores) else "*"
         cell = f"{abs(scores[-1]):5.1f}{star}" if any(scores) else "none yet"
-        line += f"   {task.name} loss {loss:6.2f} dev {cell:8s}"
+        line += f"   {task.name} loss {loss} dev {cell:8s}"
     line += f"   at most {seconds * (n_epochs - 1):.0f} s to go" if n == 1 < n_epochs else ""
     print(line.rstrip(), flush=True)
 
@@ -579,7 +581,7 @@ def print_scores(columns, names):
 def finish_run(trainer, results):
     """Writes results.json, and prints why the run ended, its scores, and examples."""
     settings, done, heads = trainer.settings, len(trainer.history), trainer.model.heads
-    columns = {"own best": {}, "one model": {}, "own best, dev": {}}
+    columns = {"own best": {}, "one model": {}, "dev": {}}
     for task in trainer.tasks:
         row, scores = results[task.name], trainer.dev_scores(task)
         row |= {"steps": trainer.steps[task.name], "best_epoch": best_epoch(scores) + 1,
@@ -591,7 +593,7 @@ def finish_run(trainer, results):
     content = {"settings": asdict(settings), "tasks": results, "one_model_epoch": best}
     write(trainer.folder / "results.json", json.dumps(content, indent=1) + "\n")
 
-    why = f"that is the largest number (--epochs {settings.epochs})"
+    why = f"that is the largest number; to go on, raise --epochs {settings.epochs}"
     if trainer.out_of_patience():
         why = f"no task has improved for {settings.patience} epochs; to go on, raise --patience"
     print(f"\nstopped at epoch {done}: {why}\n\nF1 on test in percent")
@@ -748,10 +750,12 @@ def main(arguments=None):
             print_evaluation(model, vocabulary, annotated)
         return 2 if n_bad else 0
     settings = Settings(**given)
-    folder = folder or "runs/" + "-".join(chosen_tasks(settings))
     if "RANK" in os.environ:                                   # started by torchrun
         dist.init_process_group()
         sys.stdout = open(os.devnull, "w") if rank() > 0 else sys.stdout
+    name = Path("runs", "-".join(chosen_tasks(settings)))
+    numbered = chain([name], (Path(f"{name}-{n}") for n in count(2)))
+    folder = folder or next(folder for folder in numbered if not folder.exists())
     try:
         if resumes:
             trainer = resume(folder, features, **given)
