@@ -50,7 +50,7 @@ def dropout(x, rate, training):
     if not training:
         return x
     kept = torch.rand_like(x) >= rate
-    return x * kept / (1 - rate)
+    return x * (kept / (1 - rate))
 
 class Embedder(nn.Module):
     """Word features: word vectors and a char CNN; with --features contextual vectors too."""

@@ -444,7 +444,7 @@ class CorefTest(unittest.TestCase):
         for (start, end), score, found in zip(spans, scores, g):
             weights = head.attention(x[start:end + 1])[:, 0].softmax(0)
             by_hand = [x[start], x[end], weights @ embedded[start:end + 1],
-                       head.width_vectors.weight[end - start]]
+                       head.length_vectors.weight[end - start]]
             torch.testing.assert_close(found, torch.cat(by_hand))
             torch.testing.assert_close(score, self.score(head.mention_scorer, *by_hand))
 
