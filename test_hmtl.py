@@ -96,7 +96,6 @@ def loss_and_gradient(model, name, batch):
 
 class EncoderTest(unittest.TestCase):
     """The encoder equals torch's bidirectional LSTM on packed sequences, in any batch."""
-
     def test_equals_packed_bidirectional_lstm(self):
         torch.manual_seed(0)
         encoder, lengths = Encoder(5, "2x4", rate=0.0), [7, 1, 4]
@@ -155,7 +154,6 @@ class EncoderTest(unittest.TestCase):
 
 class DropoutTest(unittest.TestCase):
     """Dropout by its definition: counted zeros, and the rest scaled by 1 / (1 - rate)."""
-
     def test_share_and_scale(self):
         torch.manual_seed(0)
         x = torch.randn(40, 50, 60)
@@ -329,7 +327,6 @@ class CRFTest(unittest.TestCase):
 
 class RelationTest(unittest.TestCase):
     """Scores of pairs and their loss against the formulas, by hand."""
-
     def test_loss_is_binary_cross_entropy_over_real_pairs(self):
         (task,), vocabulary, model = tiny_model(("rel",))
         head, batch = model.double().heads["rel"], make_batch(task.data["train"][:3], vocabulary)
@@ -480,7 +477,6 @@ class CorefTest(unittest.TestCase):
 
 class WordTest(unittest.TestCase):
     """Words as the model reads them, against a convolution word by word and rows of the tables."""
-
     def test_character_features_equal_a_convolution_word_by_word(self):
         _, vocabulary, model = tiny_model(("ner",))
         words, embedder = ["a", "Kellstadburg", "it", "Zor", "Ad"], model.embedder
@@ -537,7 +533,6 @@ class WordTest(unittest.TestCase):
 
 class ModelTest(unittest.TestCase):
     """The whole model: alone equals batched, and scores against predictions made by hand."""
-
     def test_alone_equals_batched_equals_overpadded(self):
         for sharing in ("hierarchical", "question"):
             chosen, vocabulary, model = tiny_model(sharing=sharing)
@@ -583,7 +578,6 @@ class ModelTest(unittest.TestCase):
 
 class SharingTest(unittest.TestCase):
     """Which encoders a head reads, for all subsets of the tasks, against lists made by hand."""
-
     def test_every_sharing_trains_scores_and_annotates_all_subsets(self):
         document = Document("d", [["Ada", "Kell"], [], ["left", "."]])
         subsets = [s for size in range(1, 5) for s in itertools.combinations(ALL, size)]
@@ -637,7 +631,6 @@ class SharingTest(unittest.TestCase):
 
 class QuestionTest(unittest.TestCase):
     """Labels as questions, against single pairs of tokens with one question at a time."""
-
     def probabilities(self, model, vocabulary, head, x):
         """{(i, j, label): probability} of the tokens x of a sentence."""
         found = {}
@@ -722,7 +715,6 @@ class QuestionTest(unittest.TestCase):
 
 class PredictionTest(unittest.TestCase):
     """Annotated documents, against predictions of single sentences and rows made by hand."""
-
     def test_prediction_runs_every_encoder_once(self):
         _, vocabulary, model = tiny_model()
         calls = []
@@ -786,7 +778,6 @@ class PredictionTest(unittest.TestCase):
 
 class ScoreTest(unittest.TestCase):
     """Scores against worked examples of the literature, enumeration and counts made by hand."""
-
     def f1(self, count, predicted, gold):
         scores = Scores()
         scores.add({"x": count(predicted, gold)})
@@ -892,7 +883,6 @@ def train_an_epoch(rank, n_processes, folder):
 
 class SamplingTest(unittest.TestCase):
     """Draws of tasks against their frequencies, and batches against the list of all documents."""
-
     def test_frequencies_and_same_draws(self):
         sizes = [3000, 1500, 500]
         for schedule, share in [("proportional", [0.6, 0.3, 0.1]), ("uniform", [1 / 3] * 3)]:
@@ -927,7 +917,6 @@ class SamplingTest(unittest.TestCase):
 class TrainingTest(unittest.TestCase):
     """Steps, epochs, scores and files: against scripted scores, copies of weights, autograd, one
     process, and the same run without interruption."""
-
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -1290,7 +1279,6 @@ class InputTest(unittest.TestCase):
 
 class FileTest(InputTest):
     """Files are read as is written here by hand, and damaged ones are refused in one line."""
-
     def test_documents_in_all_their_forms(self):
         twice = {"extra": 1, "ner": [[[0, 1, "PER"]] * 2, [[3, 3, "PER"]]]}
         self.path.write_text("\ufeff\n \ufeff" + json.dumps(self.GOOD | twice) + "\n\ufeff\n")
@@ -1399,7 +1387,6 @@ class FileTest(InputTest):
 class RawTextTest(InputTest):
     """Raw text has the sentences and words that are marked here by hand: | stands where a sentence
     ends, and between words that no space parts."""
-
     def sentences(self, text):
         """The sentences of raw text, the same with line ends of Windows. Offsets point at words."""
         for version in (text.replace("\n", "\r\n"), text):
@@ -1472,7 +1459,6 @@ class RawTextTest(InputTest):
 
 class CorpusTest(InputTest):
     """Training documents are cut and counted as by hand, and the built-in corpus is no look-up."""
-
     def test_long_documents_are_cut_between_sentences(self):
         document = Document("d", [["a", "b"], ["c", "d", "e"], [], ["f"], ["g", "h", "i", "j"]], {
             "clusters": [[(0, 0), (1, 1), (5, 5), (6, 6)], [(2, 2), (9, 9)],
@@ -1559,7 +1545,6 @@ def printed(call, *arguments):
 
 class ScreenTest(unittest.TestCase):
     """What is printed says what holds: lines against documents that are annotated by hand."""
-
     def test_annotated_lines(self):
         document = Document("d", ["Ada Kell likes the firm".split(), [], ["She", "left", "it"]], {
             "ner": [[(0, 1, "PER")], [], [(5, 6, "X")]],
@@ -1619,7 +1604,6 @@ class ScreenTest(unittest.TestCase):
 
 class FolderTest(unittest.TestCase):
     """Tests that run train.py in a folder of their own."""
-
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
@@ -1918,7 +1902,6 @@ def features(sentences):
 
 class CommandLineTest(FolderTest):
     """Commands, also those of the README, do what they say, or say in one line what to mend."""
-
     def readme_code(self, part):
         blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
         return next(block for block in blocks if part in block)

@@ -397,6 +397,7 @@ def resume(folder, features="", **changes):
     """The trainer of a run. changes: epochs, patience, device, threads, the place of the data."""
     state = load(Path(folder, "checkpoint.pt"))
     model, vocabulary, settings = restored(state, folder, features, changes)
+    expect("history" in state, folder, "a checkpoint.pt", "another file of that name")
     done = len(state["history"])
     expect(settings.epochs >= done, "--epochs", f"at least the {done} of the run",
            str(settings.epochs))
