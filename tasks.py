@@ -657,7 +657,7 @@ def read_text(path):
     if 2 * len(tagged) > len(re.findall(r"^.*\S", text, re.M)):
         print(f"{path}: looks like columns; name it .conll to have it so read", file=sys.stderr)
     if 2 * len(UNSPACED.findall(text)) > sum(map(str.isalpha, text)):
-        print(f"{path}: words without spaces: give them as JSON or columns", file=sys.stderr)
+        print(f"{path}: text without spaces must be split into words first", file=sys.stderr)
     return document
 
 def cut_sentences(document, where):
@@ -802,33 +802,37 @@ def builtin_document(key, rng):
     document, named = Document(key, [], {"ner": [], "emd": [], "relations": []}), []
     for n in range(5):                             # the last templates refer back
         template, relations = pick(TEMPLATES if n else TEMPLATES[:-6])
-        template = re.sub(r"\((.*?)\)", lambda m: pick(m[1].split("|")), template)
-        previous, named, words, spans, offset = named, [], [], {}, len(document)
-        for symbol in template.split():
-            form, kind = [symbol], KINDS.get(symbol.upper())
-            if kind:                               # a slot
-                who = pick([x for x in cast if x["kind"] == kind and x not in named])
-                recent = [x for x in previous if x["kind"] == kind and symbol.islower()]
-                who = recent[0] if recent and recent[0] not in named else who
-                form = who["short"] if who["mentions"] else who["full"]
-                alike = [x for x in recent if x["gender"] == who["gender"]]
-                if alike == [who] and rng.random() < 0.8:
-                    form = [who["gender"]]         # a nominal does not tell he from she
-                    form = who["nominal"] if recent == [who] and rng.random() < 0.4 else form
-                start = offset + len(words)
-                spans[symbol] = start, start + len(form) - 1
-                who["mentions"].append(spans[symbol])
-                named.append(who)
-            words += form
-        document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
-        emd = [(*span, KINDS[symbol.upper()]) for symbol, span in spans.items()]
-        document.annotations["emd"].append(emd)
-        document.annotations["ner"].append([x for x in emd if words[x[0] - offset].istitle()])
-        triples = re.findall(r"(\w) (\w+) (\w)", relations)
-        related = [(*spans[a], *spans[b], label) for a, label, b in triples]
-        document.annotations["relations"].append(related)
+        template = re.sub(r"\(([^)]*)\)", lambda m: pick(m[1].split("|")), template)
+        named = add_sentence(document, template.split(), relations, cast, named, rng)
     document.annotations["clusters"] = [x["mentions"] for x in cast if len(x["mentions"]) > 1]
     return document
+
+def add_sentence(document, template, relations, cast, previous, rng):
+    """Fills the template's slots and adds the sentence; returns the entities it names."""
+    offset, words, spans, named = len(document), [], {}, []
+    for symbol in template:
+        form, kind = [symbol], KINDS.get(symbol.upper())
+        if kind:
+            free = [x for x in cast if x["kind"] == kind and x not in named]
+            recent = [x for x in previous if x["kind"] == kind and symbol.islower()]
+            who = free[rng.integers(len(free))]
+            who = recent[0] if recent and recent[0] in free else who
+            form = who["short"] if who["mentions"] else who["full"]
+            if [x for x in recent if x["gender"] == who["gender"]] == [who] and rng.random() < 0.8:
+                form = [who["gender"]]             # a nominal does not tell he from she
+                form = who["nominal"] if recent == [who] and rng.random() < 0.4 else form
+            start = offset + len(words)
+            spans[symbol] = start, start + len(form) - 1
+            who["mentions"].append(spans[symbol])
+            named.append(who)
+        words += form
+    emd = [(*span, KINDS[symbol.upper()]) for symbol, span in spans.items()]
+    ner = [row for row in emd if words[row[0] - offset].istitle()]      # only names are
+    related = [(*spans[a], *spans[b], r) for a, r, b in re.findall(r"(\w) (\w+) (\w)", relations)]
+    for key, rows in (("ner", ner), ("emd", emd), ("relations", related)):
+        document.annotations[key].append(rows)
+    document.sentences.append([words[0][0].upper() + words[0][1:], *words[1:]])
+    return named
 
 # The built-in corpus. Most endings tell the type of a name, AMBIGUOUS names have it only from the
 # sentence. "P of X" is a job if X is an organisation, a home if it is a place; "P left O for N"
