@@ -1673,7 +1673,7 @@ class RunTest(FolderTest):
             self.assertRegex(self.screen, f"\n{name} {score} +{cells}\n")
             self.assertEqual(bool(re.search(f"\n{name}: .*; --epochs 4 may help\n", self.screen)),
                              row["best_epoch"] == 2 or row["best_dev"] == 0)
-        self.assertRegex(self.screen, r"\nstopped at epoch 2: .* raise --epochs 2\n")
+        self.assertRegex(self.screen, r"\nstopped at epoch 2: .* number of epochs \(--epochs 2\)\n")
         line = re.search(r"\n +python train.py (.* --predict FILE)\n", self.screen)[1]
         self.assertIn("[", self.output(line.replace("FILE", "news/test.jsonl")))
 

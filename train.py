@@ -594,7 +594,7 @@ def finish_run(trainer, results):
     content = {"settings": asdict(settings), "tasks": results, "one_model_epoch": best}
     write(trainer.folder / "results.json", json.dumps(content, indent=1) + "\n")
 
-    why = f"that is the largest number; to go on, raise --epochs {settings.epochs}"
+    why = f"that is the largest number of epochs (--epochs {settings.epochs})"
     if trainer.out_of_patience():
         why = f"no task has improved for {settings.patience} epochs; to go on, raise --patience"
     print(f"\nstopped at epoch {done}: {why}\n\nF1 on test in percent")
