@@ -4,6 +4,7 @@
     python test_hmtl.py benchmark                # what a training step costs
 """
 
+import ast
 import contextlib
 import copy
 import doctest
@@ -2038,6 +2039,11 @@ class CommandLineTest(FolderTest):
         expected = torch.stack([states[:, 1, 1:3].mean(1), states[:, 1, 3], states[:, 0, 1]], 1)
         for layer in layers.float():
             self.assertLess(min((layer - x).abs().max() for x in expected), 1e-2)
+
+    def test_the_oldest_python_of_the_readme_can_read_the_code(self):
+        self.assertIn("Python 3.10 or newer", (HERE / "README.md").read_text())
+        for module in (tasks, hmtl, train):
+            ast.parse(Path(module.__file__).read_text(), feature_version=(3, 10))
 
     def test_help_names_every_setting_and_every_command_of_the_readme_parses(self):
         out = self.call("--help")[1]
