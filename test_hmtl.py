@@ -1386,8 +1386,7 @@ class FileTest(InputTest):
         self.assertTrue(150 < self.on_stderr(fuzz, 150, self.folder)[0] < 600)
 
 class RawTextTest(InputTest):
-    """Raw text has the sentences and words that are marked here by hand: | stands where a sentence
-    ends, and between words that no space parts."""
+    """Raw text against sentences and words marked by hand: | ends a sentence, or parts words."""
     def sentences(self, text):
         """The sentences of raw text, the same with line ends of Windows. Offsets point at words."""
         for version in (text.replace("\n", "\r\n"), text):
