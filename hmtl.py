@@ -29,7 +29,7 @@ from tasks import (COREF_SCORES, ContextualVectors, Document, Scores, by_length,
 # - Coreference, too, encodes each sentence on its own, as in Lee et al. 2017.
 # - A sentence's loss is a sum over tokens or pairs. The authors' code averages over padding, too.
 # - Word dropout: a rare word is read as <unknown> half of the time. So <unknown> gets a trained
-#   vector, and names are matched by their characters, too.
+#   vector, and the model learns to tell names by their characters.
 # - LSTMs start from larger weights, the relation head from a bias of -7. While a task scores 0 on
 #   dev, its patience is not used up and its learning rate is kept. Else relations never start.
 # - Coreference keeps the best spans, crossing or not, and in training the gold mentions, too.
@@ -64,7 +64,7 @@ class Embedder(nn.Module):
         self.char_vectors = nn.Embedding(n_chars, settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.char_vectors.weight.data[1])
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
-        # Word dropout: a word of at most `rare` documents is unknown with probability `unknown`.
+        # Word dropout: a word in at most `rare` documents is unknown with probability `unknown`.
         is_rare = torch.tensor(vocabulary.counts) <= settings.rare
         n_others = len(vocabulary.words) - len(is_rare)                   # words without counts
         probability = F.pad(settings.unknown * is_rare, (0, n_others))    # 0 for the others
@@ -245,7 +245,7 @@ class CRF(nn.Module):
         transitions = self.transitions + self.penalty[:-1, :-1]
         b = self.start + self.penalty[-1, :-1] + emissions[:, 0]         # (B, K)
         steps = []
-        same = torch.arange(b.shape[1], device=b.device)                 # each tag itself
+        same = torch.arange(b.shape[1], device=b.device)                 # no change of tag
         for t in range(1, emissions.shape[1]):
             # before[:, j] is the best tag before tag j, and top[:, j] its score.
             top, before = (b[:, :, None] + transitions).max(1)           # (B, K) each
@@ -276,7 +276,7 @@ class Tagger(Head):
         self.crf = CRF(torch.tensor(allowed))
 
     def loss(self, x, embedded, batch):
-        # The ids of the gold tags. The CRF does not read those of padding.
+        # The ids of the gold tags. The CRF masks those of padding out.
         tags = torch.zeros(batch.mask.shape, dtype=torch.long)           # (B, T)
         for row, spans, length in zip(tags, self.gold(batch), batch.lengths):
             ids = map(self.tag_ids.get, tags_of(spans, length))
@@ -348,7 +348,7 @@ class RelationHead(Head):
         found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
             spans = found[i] if found else None
-            gold_spans, = batch.documents[i].annotations.get(tagger, [None])     # None: missing
+            gold_spans, = batch.documents[i].annotations.get(tagger, [None])     # or None
             yield count_relations(predictions[self.task.name][i], gold, spans, gold_spans)
 
 def argument_tagger(names):
@@ -481,7 +481,7 @@ class CorefHead(Head):
         of_antecedent = to_antecedent(g)                                 # (S, H)
         p = self.project(g)                                              # (S, H)
         of_distance = to_distance(self.distance_vectors.weight)          # (buckets, H)
-        columns = [0 * mention_scores]       # zeros, but backward() works even if S is 1
+        columns = [0 * mention_scores]       # zeros with a gradient, even if S is 1
         for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
             # All pairs (i, i - d) at once.
             bucket = sum(d >= edge for edge in self.BUCKETS)

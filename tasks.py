@@ -128,8 +128,8 @@ class Task:
 
     def batches(self, batch_size, seed, start=0):
         """Yields training batches (lists of documents) without end, from batch `start` on."""
-        # Every pass over the data has a random generator of its own, which follows from (seed,
-        # task, number of the pass). So a resumed run needs only the number of batches before it.
+        # Every pass over the data has its own random generator, seeded with (seed, task, number
+        # of the pass). So a resumed run needs only the number of batches before it.
         documents = self.data["train"]
         lengths = list(map(len, documents))
         first_pass, skip = divmod(start, self.n_batches(batch_size))
@@ -187,7 +187,7 @@ class Vocabulary:
         chars = set()
         for words in words_of.values():
             counts.update(set(map(str.lower, words)))
-            chars.update(*words)
+            chars.update("".join(words))
         # The most frequent words come first. Padding and <unknown> are never rare.
         words = sorted(counts, key=lambda word: (-counts[word], word))
         all_counts = [math.inf, math.inf, *map(counts.get, words)]
@@ -340,10 +340,10 @@ def count_labels(name, predicted, gold):
 def count_relations(pairs, gold, spans=None, gold_spans=None):
     """The counts of three scores of relations. pairs: predicted (last token, last token,
     label). gold: relations. spans: predicted by a tagger. gold_spans: the annotated ones."""
-    # last-token (the paper's score) asks for the label and the last token of each argument.
+    # last-token (the paper's score): the label and each argument's last token must be right.
     gold_pairs = [(end1, end2, label) for _, end1, _, end2, label in gold]
     counts = count_labels("last-token", pairs, gold_pairs)
-    # boundaries asks for the label and the span of each argument, strict for their types, too.
+    # boundaries: the label and each argument's span; strict: its type as well.
     if spans is not None:
         found = with_spans(pairs, spans)
         counts["boundaries"] = count_rows(found, gold)
