@@ -245,11 +245,11 @@ class CRF(nn.Module):
         transitions = self.transitions + self.penalty[:-1, :-1]
         b = self.start + self.penalty[-1, :-1] + emissions[:, 0]         # (B, K)
         steps = []
-        same = torch.arange(b.shape[1], device=b.device)                 # no change of tag
+        same = torch.arange(b.shape[1], device=b.device)                 # tag j comes from tag j
         for t in range(1, emissions.shape[1]):
             # before[:, j] is the best tag before tag j, and top[:, j] its score.
             top, before = (b[:, :, None] + transitions).max(1)           # (B, K) each
-            # After the end of a sentence, b stays as it is.
+            # After the end of a sentence, b and the tag stay as they are.
             b = torch.where(mask[:, t, None], emissions[:, t] + top, b)
             steps.append(torch.where(mask[:, t, None], before, same))
         # Follow the best tags back from the end.
@@ -348,7 +348,7 @@ class RelationHead(Head):
         found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
             spans = found[i] if found else None
-            gold_spans, = batch.documents[i].annotations.get(tagger, [None])     # or None
+            gold_spans, = batch.documents[i].annotations.get(tagger, [None])   # None: not annotated
             yield count_relations(predictions[self.task.name][i], gold, spans, gold_spans)
 
 def argument_tagger(names):
@@ -452,7 +452,7 @@ class CorefHead(Head):
         of_first = to_first(x)[:, None]                                  # (N, 1, H)
         of_last = to_last(x)[ends]                                       # (N, W, H)
         of_attended = attention @ to_attended(embedded)[ends]            # (N, W, H)
-        of_length = to_length(self.length_vectors.weight)                   # (W, H)
+        of_length = to_length(self.length_vectors.weight)                # (W, H)
         scores = self.mention_scorer(of_first + of_last + of_attended + of_length)
         scores = scores.masked_fill(~valid, float("-inf"))               # (N, W)
         # Keep the best. In training, keep the gold mentions too: otherwise all scores can fall
@@ -501,7 +501,7 @@ def candidate_spans(batch, max_span):
     first = torch.arange(n_tokens, device=device)[:, None]               # (N, 1)
     ends = first + torch.arange(max_span, device=device)                 # (N, W)
     clamped = ends.clamp(max=n_tokens - 1)
-    sentence = batch.mask.nonzero()[:, 0]                                # (N,) its number
+    sentence = batch.mask.nonzero()[:, 0]                                # (N,) of each token
     return clamped, (ends < n_tokens) & (sentence[clamped] == sentence[first])
 
 def gold_clusters(batch, clusters, max_span):
@@ -811,7 +811,8 @@ def annotate(model, document, vocabulary, size=32):
             spans = predictions.get(argument_tagger(predictions), tokens)
             predictions["rel"] = list(map(with_spans, predictions["rel"], spans))
         for name, lists in predictions.items():
-            found[name].update(zip(group, lists))          # of sentence i, rows; or [0], clusters
+            # The rows of every sentence. The clusters of the document are one list, at 0.
+            found[name].update(zip(group, lists))
     for name, task in model.tasks.items():
         lists, start, number = [], 0, count()
         for words in [] if task.whole_documents else document.sentences:

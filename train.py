@@ -99,7 +99,7 @@ class MultiTaskTrainer:
         self.start_batches(steps={})
         self.history = []             # for every epoch its losses, dev scores, learning rates
         self.best = {}                # {task name or "mean": the weights of its best epoch}
-        self.saved = False            # whether the folder holds the run (see start_run)
+        self.checksum = ""            # of the documents, once the folder holds the run
 
     def start_batches(self, steps):
         """steps: {task name: the number of steps so far}. Each step draws one batch."""
@@ -133,9 +133,11 @@ class MultiTaskTrainer:
             losses.setdefault(task.name, []).append(loss)
         return {name: float(torch.stack(values).mean()) for name, values in losses.items()}
 
+    def n_batches(self):
+        return [task.n_batches(self.settings.batch_size) for task in self.tasks]
+
     def plan(self, rng):
-        n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
-        return plan_epoch(self.settings.schedule, n_batches, rng)
+        return plan_epoch(self.settings.schedule, self.n_batches(), rng)
 
     def train_step(self, task):
         """One step on the next batch of a task. Returns the loss, a tensor."""
@@ -319,8 +321,7 @@ class SuccessiveTrainer(MultiTaskTrainer):
         self.before = None                           # the task of the last step
 
     def plan(self, rng):
-        n_batches = [task.n_batches(self.settings.batch_size) for task in self.tasks]
-        return [index for index, n in enumerate(n_batches) for _ in range(n)]
+        return [index for index, n in enumerate(self.n_batches()) for _ in range(n)]
 
     def loss(self, task, batch):
         if task.name != self.before:                 # before the very first task there is none
@@ -409,7 +410,8 @@ def resume(folder, features="", **changes):
         adam.load_state_dict(state[f"optimizer {name}"])
         trainer.lr_schedulers[name].load_state_dict(state[f"lr_scheduler {name}"])
     trainer.start_batches(state["steps"])
-    trainer.history, trainer.best = state["history"], state["best"]
+    trainer.history, trainer.best, trainer.checksum = (
+        state[key] for key in ("history", "best", "data"))
     print_start(trainer)
     save_run(trainer)                                # after a kill, the other files may be older
     return trainer
@@ -440,7 +442,7 @@ def restored(state, folder, features, changes):
 # The files of a run. All of them can be written again from checkpoint.pt and vectors.pt.
 def start_run(trainer):
     """Makes the folder of a new run, and saves what its first epoch needs to be resumed."""
-    if trainer.saved:
+    if trainer.checksum:
         return
     vocabulary, model = trainer.vocabulary, trainer.model
     for task in trainer.tasks:
@@ -454,6 +456,7 @@ def start_run(trainer):
     if trainer.settings.vectors:
         words = vocabulary.words[len(vocabulary.counts):]
         write(trainer.folder / "vectors.pt", (words, model.embedder.word_vectors.frozen))
+    trainer.checksum = checksum(trainer.tasks)
     print_start(trainer)
     save_run(trainer)
 
@@ -468,13 +471,12 @@ def save_run(trainer):
                "keeps the epoch before")
     write(trainer.folder / "checkpoint.pt", {
         **model_state(trainer, weights), "best": trainer.best, "steps": trainer.steps,
-        "history": trainer.history, "data": checksum(trainer.tasks),
+        "history": trainer.history, "data": trainer.checksum,
         **{f"optimizer {name}": o.state_dict() for name, o in trainer.optimizers.items()},
         **{f"lr_scheduler {name}": s.state_dict() for name, s in trainer.lr_schedulers.items()}})
     write(trainer.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in trainer.history))
     if trainer.best:
         write(trainer.folder / "model.pt", model_state(trainer, trainer.best["mean"]))
-    trainer.saved = True
 
 def model_state(trainer, weights):
     """Everything that prediction needs but the words that only a vector file has."""
@@ -528,7 +530,7 @@ def print_start(trainer):
     values = [(f, getattr(settings, f.name)) for f in fields(settings)]
     print("settings:", *(f"{flag_of(f.name)} {shown(x)}" for f, x in values if x != f.default))
     print("\ntask    train    dev   test             batches   share of steps")
-    n_batches = [task.n_batches(settings.batch_size) for task in trainer.tasks]
+    n_batches = trainer.n_batches()
     shares = sampling_probabilities(settings.schedule, n_batches)
     for task, n, share in zip(trainer.tasks, n_batches, shares):
         sizes = "".join(f"{len(documents):7d}" for documents in task.data.values())
@@ -574,7 +576,8 @@ def end_epoch(trainer, seconds, n_epochs):
 def print_scores(columns, names):
     """A table: a column for every {name: number}, a row for every name that the first has."""
     print(" " * 24 + "".join(f"{title:>14s}" for title in columns))
-    for name in [name for name in names if name in [*columns.values()][0]]:
+    first = next(iter(columns.values()))
+    for name in [name for name in names if name in first]:
         cells = [numbers.get(name, math.nan) for numbers in columns.values()]
         cells = [f"{x:14d}" if isinstance(x, int) else f"{x:14.2f}" for x in cells]
         print(f"{visible(name):24.24s}" + "".join(cells))
@@ -754,9 +757,11 @@ def main(arguments=None):
     if "RANK" in os.environ:                                   # started by torchrun
         dist.init_process_group()
         sys.stdout = open(os.devnull, "w") if rank() > 0 else sys.stdout
-    name = Path("runs", "-".join(chosen_tasks(settings)))
-    numbered = chain([name], (Path(f"{name}-{n}") for n in count(2)))
-    folder = folder or next(folder for folder in numbered if not folder.exists())
+    if not folder:
+        settings.tasks = chosen_tasks(settings)
+        name = Path("runs", "-".join(settings.tasks))
+        numbered = chain([name], (Path(f"{name}-{n}") for n in count(2)))
+        folder = next(folder for folder in numbered if not folder.exists())
     try:
         if resumes:
             trainer = resume(folder, features, **given)
