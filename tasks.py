@@ -16,7 +16,6 @@ conlleval for spans, and those of the CoNLL scorer for coreference. Below the li
 first reading" stand the readers of files, vectors, and the built-in corpus.
 """
 
-import gzip
 import json
 import math
 import re
@@ -24,12 +23,10 @@ import runpy
 import sys
 import traceback
 import unicodedata
-from array import array
-from bisect import bisect
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, count
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +155,8 @@ TASKS = [                                           # the simple tasks first, as
          whole_documents=True, builtin_size=120)]
 
 # --------------------------------------------------------------------------------------- batches
+MAX_CHARS = 40                                  # the char CNN reads no more of a longer word
+
 class Vocabulary:
     """The words (lower-cased) and characters that the model knows, with their ids."""
     # words   "" for padding (id 0), <unknown> (id 1), the words of the training documents, and then
@@ -166,7 +165,6 @@ class Vocabulary:
     #         count is rare: in training it is sometimes read as <unknown> (`Embedder` in hmtl.py).
     #         Words that only the vector file has get no counts.
     # chars   "", <unknown>, and the characters of the training documents
-    MAX_CHARS = 40                              # the char CNN reads no more of a longer word
 
     def __init__(self, words, chars, counts, vector_words=()):
         self.words = [*words, *vector_words]
@@ -194,10 +192,6 @@ class Vocabulary:
         more = [word for word in vector_words if word not in counts]
         special = ["", "<unknown>"]
         return cls(special + words, special + sorted(chars), all_counts, more)
-
-    def spelling(self, word):
-        """The ids of a word's characters."""
-        return [self.char_ids.get(char, 1) for char in word[:self.MAX_CHARS]]
 
 def lookup_form(word):
     """A word with composed letters (NFC) and without invisible characters (Cf), so that it
@@ -240,7 +234,7 @@ def make_batch(documents, vocabulary):
     word_ids, chars, word_of_char = [], [0], []
     for word, number in number_of.items():
         word = lookup_form(word)
-        spelling = vocabulary.spelling(word)
+        spelling = [vocabulary.char_ids.get(char, 1) for char in word[:MAX_CHARS]]
         word_ids.append(vocabulary.word_ids.get(word.lower(), 1))
         chars += [*spelling, 0]
         word_of_char += [number] * len(spelling)
@@ -422,15 +416,18 @@ def expect(condition, where, expected, found):
         raise InputError(f"{where}: expected {expected}, found {found[:100]}")
 
 @contextmanager
-def one_line(message):
-    """InputError instead of the many kinds of errors that damaged or foreign files raise."""
+def one_line(message, script=None):
+    """InputError instead of the many kinds of errors that damaged or foreign files raise. For an
+    error in the user's script, its line there stands in the place of the message."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        found = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise InputError(f"{message}: {' '.join(found.split())[:200]}") from None
+        found = f"{type(error).__name__}: {error}"
+        for frame in traceback.extract_tb(error.__traceback__):
+            message = f"{script}, line {frame.lineno}" if frame.filename == script else message
+        raise InputError(f"{message}: {' '.join(found.split())[:300]}") from None
 
 def choose_tasks(names):
     """Fresh copies of the named tasks, without data, the simplest first."""
@@ -489,14 +486,13 @@ def read_annotated(path, tagged, keys=None):
     return read_json(path, keys) if suffix_of(path) in JSON_SUFFIXES else read_columns(path, tagged)
 
 def suffix_of(path):
-    return Path(str(path).lower().removesuffix(".gz")).suffix
+    return Path(path).suffix.lower()
 
 def read_lines(path):
-    """The lines of a file, of a .gz file, or of standard input for `-`, one after the other."""
-    opener = gzip.open if str(path).endswith(".gz") else open
+    """The lines of a file, or of standard input for `-`, one after the other."""
     source = 0 if str(path) == "-" else path                      # 0 is standard input
     with one_line(f"{path}: expected a file of UTF-8 text"):
-        with opener(source, "rt", encoding="utf-8-sig", newline="") as file:
+        with open(source, encoding="utf-8-sig", newline="") as file:
             yield from file
 
 def stripped_lines(path):
@@ -538,12 +534,12 @@ def parse_rows(value, key, document, where):
     n, clusters = len(document.sentences), key == "clusters"
     form = {"clusters": [int, int], "relations": [int] * 4 + [str]}.get(key, [int, int, str])
     types = ", ".join(kind.__name__ for kind in form)
-    ends = [*accumulate(map(len, document.sentences), initial=0)]
+    ends = np.cumsum([0, *map(len, document.sentences)]).tolist()
     flat = is_list(value, list) and all([*map(type, row)] == form for row in value)
     if n and not clusters and flat:
         rows, value = value, [[] for _ in range(n)]
         for row in rows:
-            value[min(bisect(ends, row[0]), n) - 1].append(row)
+            value[sum(end <= row[0] for end in ends[1:-1])].append(row)
     wanted = "lists of [start, end]" if clusters else f"one list for each of the {n} sentences"
     expect(is_list(value, list) and (clusters or len(value) == n), where, wanted, value)
     bounds = [(0, ends[-1])] * len(value) if clusters else zip(ends, ends[1:])
@@ -672,23 +668,21 @@ def cut_sentences(document, where):
 # Vectors.
 def read_vectors(path):
     """(words, (N, E) float32 array) of a GloVe or word2vec text file: a word, then its numbers."""
-    words, numbers, width = {}, array("f"), None         # one flat array needs the least memory
+    words, vectors, width = {}, [], None
     for n, line in stripped_lines(path):
         fields = [field for field in line.replace("\t", " ").split(" ") if field]
         if not fields or n == 1 and len(fields) == 2:        # word2vec's first line is two counts
             continue
         width = width or len(fields) - 1
         word = lookup_form(" ".join(fields[:-width]).lower())               # it may hold a space
-        try:
-            vector = array("f", map(float, fields[-width:]))
-        except (ValueError, OverflowError):
-            vector = []
-        good = word and len(vector) == width and math.isfinite(sum(vector))
-        expect(good, f"{path}, line {n}", f"a word and {width or 'its'} numbers", line)
+        where, wanted = f"{path}, line {n}", f"a word and {width or 'its'} numbers"
+        with one_line(f"{where}: expected {wanted}"):
+            vector = np.fromiter(map(float, fields[-width:]), dtype=np.float32)
+        expect(word and len(vector) == width and np.isfinite(vector).all(), where, wanted, line)
         if words.setdefault(word, n) == n:                   # a word counts where it comes first
-            numbers += vector
+            vectors.append(vector)
     expect(words, path, "a word and its numbers on every line", "none")
-    return list(words), np.frombuffer(numbers, dtype=np.float32).reshape(len(words), width)
+    return list(words), np.stack(vectors)
 
 class ContextualVectors:
     """Vectors from the function `features` in a file of the user's. Without one: 0 layers."""
@@ -699,7 +693,7 @@ class ContextualVectors:
         if path or any(shape):
             run = ", as the run's, of {} layers of width {}".format(*shape) if any(shape) else ""
             expect(Path(path).is_file(), "--features", f"a file{run}", path or "none")
-            with user_code(path):
+            with one_line(f"{path}: expected Python code", path), torch.no_grad():
                 self.function = runpy.run_path(path).get("features")
             expect(callable(self.function), path, "a function features(sentences)", "none")
 
@@ -723,10 +717,9 @@ class ContextualVectors:
         where, found, sentences = f"{self.path}: features()", {}, sorted({*sentences})
         for indices in by_length([*map(len, sentences)], 32):
             asked = [sentences[i] for i in indices]
-            with user_code(self.path):
+            with one_line(f"{where}: expected a list of arrays", self.path), torch.no_grad():
                 arrays = self.function([list(words) for words in asked])
-            with one_line(f"{where}: expected a list of arrays"):
-                arrays = [torch.as_tensor(x).detach().cpu() for x in arrays]
+                arrays = [torch.as_tensor(x).cpu() for x in arrays]
             expect(len(arrays) == len(asked), where, f"{len(asked)} arrays", str(len(arrays)))
             for words, x in zip(asked, arrays):
                 if not any(self.shape) and x.ndim == 3:
@@ -737,19 +730,6 @@ class ContextualVectors:
                 expect(x.half().isfinite().all(), where, "finite numbers up to 65504", "others")
                 found[words] = x.half()
         return found
-
-@contextmanager
-def user_code(path):
-    """An error in the user's file becomes one line, with its own message and its line there."""
-    try:
-        with torch.no_grad():
-            yield
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        where = f"{path}, line {lines[-1]}" if lines else f"{path}: expected Python code"
-        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise InputError(f"{where}: {message}") from None
 
 def by_length(lengths, size):
     """Lists of up to `size` indices. Those of similar lengths stand together."""

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn, optim
 
 from hmtl import HIERARCHY, SHARINGS, Tagger, annotate
@@ -315,9 +314,7 @@ class SuccessiveTrainer(MultiTaskTrainer):
 
     def __init__(self, model, *arguments):
         super().__init__(model, *arguments)
-        uses = Counter(id(p) for head in model.heads.values() for p in {*head.parameters()})
-        self.shared = [p for name, p in model.named_parameters()
-                       if name.startswith(("embedder", "encoders")) or uses[id(p)] > 1]
+        self.shared = [*model.embedder.parameters(), *model.encoders.parameters()]
         self.before = None                           # the task of the last step
 
     def plan(self, rng):
@@ -330,30 +327,9 @@ class SuccessiveTrainer(MultiTaskTrainer):
         drift = sum(((p - a) ** 2).sum() for p, a in zip(self.shared, self.anchor))
         return super().loss(task, batch) + self.settings.successive_delta * drift
 
-class ParallelTrainer(MultiTaskTrainer):
-    """Several processes, started by torchrun: all draw the same task, each takes its share of the
-    batch, and torch averages the gradients. The first process writes and prints."""
-
-    def __init__(self, model, *arguments):
-        super().__init__(model, *arguments)
-        self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
-                                                            broadcast_buffers=False)
-
-    def start_batches(self, steps):
-        super().start_batches(steps)
-        rank, n = dist.get_rank(), dist.get_world_size()
-        for name, batches in self.batches.items():
-            self.batches[name] = (batch[rank::n] or batch[:1] for batch in batches)
-
-    def loss(self, task, batch):
-        return self.parallel(task.name, batch)["loss"]
-
 def new_trainer(model, tasks, vocabulary, settings, folder):
-    """The trainer for the schedule and the number of processes."""
+    """The trainer for the schedule of the settings."""
     kind = SuccessiveTrainer if settings.schedule == "successive" else MultiTaskTrainer
-    if dist.is_initialized():
-        expect(kind is MultiTaskTrainer, "--schedule", "another one with torchrun", "successive")
-        kind = ParallelTrainer
     return kind(model, tasks, vocabulary, settings, folder)
 
 # Building, from settings or from the files of a run.
@@ -382,10 +358,9 @@ def load_tasks(settings):
     return tasks
 
 def device_of(settings):
-    """Sets the number of threads. Returns the device; under torchrun, each process has its GPU."""
+    """Sets the number of threads, and returns the device."""
     torch.set_num_threads(settings.threads)
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     with one_line(f"--device {name}"):
         torch.zeros(1, device=name).tolist()             # an error if there is no such device
     return torch.device(name)
@@ -450,9 +425,8 @@ def start_run(trainer):
         names = [n for n in model.heads[name].score_names if n in scores]
         expect(task.validation_metric_name in names, f"validation_metric_name of {name}",
                f"one of {', '.join(names)}", task.validation_metric_name)
-    if rank() == 0:
-        refuse_existing(trainer.folder)
-        trainer.folder.mkdir(parents=True)
+    refuse_existing(trainer.folder)
+    trainer.folder.mkdir(parents=True)
     if trainer.settings.vectors:
         words = vocabulary.words[len(vocabulary.counts):]
         write(trainer.folder / "vectors.pt", (words, model.embedder.word_vectors.frozen))
@@ -493,14 +467,8 @@ def checksum(tasks):
         total.update(repr((document.sentences, document.annotations)).encode())
     return total.hexdigest()
 
-def rank():
-    """The number of this process, 0 if there is only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
 def write(path, content):
     """Text, or tensors and plain values. The name always holds a whole file, the old or the new."""
-    if rank() > 0:
-        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -583,7 +551,7 @@ def print_scores(columns, names):
         print(f"{visible(name):24.24s}" + "".join(cells))
 
 def finish_run(trainer, results):
-    """Writes results.json, and prints why the run ended, its scores, and examples."""
+    """Writes results.json, and prints why the run ended and its scores."""
     settings, done, heads = trainer.settings, len(trainer.history), trainer.model.heads
     columns = {"own best": {}, "one model": {}, "dev": {}}
     for task in trainer.tasks:
@@ -611,27 +579,11 @@ def finish_run(trainer, results):
         print(f"{name}: best in epoch {row['best_epoch']}, with {row['best_dev']:.2f} on dev{more}")
     command = again(trainer.folder, trainer.model.embedder.contextual.path, "--predict", "FILE")
     print(f"\nthe run lies in {trainer.folder}; it predicts with\n    {command}")
-    print_examples(trainer)
 
 def again(folder, features, *options):
     """The command that does something else with a run."""
     given = ["--features", features] if features else []
     return shlex.join(["python", sys.argv[0], "--run", str(folder), *options, *given])
-
-def print_examples(trainer, n_tried=50):
-    """For every task a short dev document that the model gets right, and one that it does not."""
-    for task in trainer.tasks:
-        print(f"\n{task.name}, dev")
-        dev, seen = [d for d in task.data["dev"] if any(d.annotations[task.annotation])], set()
-        for gold in [document for document in dev if len(document) < 100][:n_tried]:
-            scores = evaluate(trainer.model, trainer.vocabulary, task, [gold])
-            right = scores[task.validation_metric_name] == 100
-            found = annotate(trainer.model, gold, trainer.vocabulary)
-            versions = {"right": found} if right else {"wrong": found, "gold": gold}
-            for mark, document in versions.items() if right not in seen else []:
-                lines = annotated_lines(document, [task.annotation])
-                print(f"{mark:>7s}  " + "\n         ".join(lines))
-            seen.add(right)
 
 def annotated_lines(document, names):
     """The sentences with [bracketed LABEL] spans, #n for the cluster that they are in. Below each
@@ -754,9 +706,6 @@ def main(arguments=None):
             print_evaluation(model, vocabulary, annotated)
         return 2 if n_bad else 0
     settings = Settings(**given)
-    if "RANK" in os.environ:                                   # started by torchrun
-        dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if rank() > 0 else sys.stdout
     if not folder:
         settings.tasks = chosen_tasks(settings)
         name = Path("runs", "-".join(settings.tasks))
@@ -771,14 +720,12 @@ def main(arguments=None):
             refuse_existing(folder)
             finish_run(*run(settings, folder, features))
     except KeyboardInterrupt:
-        begun = Path(folder, "checkpoint.pt").exists()
-        expect(begun, folder, "a run", "none: stopped before it began")
+        expect(Path(folder, "checkpoint.pt").exists(), folder, "a run", "none: it was stopped")
         raise InputError(f"stopped; go on with: {again(folder, features, '--resume')}") from None
     return 0
 
 def report(error):
-    if os.environ.get("RANK", "0") == "0":                     # under torchrun, one line of all
-        print(f"{Path(sys.argv[0]).name}: {visible(str(error)) or 'stopped'}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {visible(str(error)) or 'stopped'}", file=sys.stderr)
 
 def command_line():
     """`main`, with one line for what a user can mend."""
@@ -794,8 +741,6 @@ def command_line():
             raise                                              # a fault of the code
         report(error)
         status = 2
-    if dist.is_initialized():                                  # at a normal exit gloo may abort
-        os._exit(status)
     sys.exit(status)
 
 if __name__ == "__main__":
