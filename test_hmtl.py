@@ -1914,9 +1914,14 @@ class CommandLineTest(FolderTest):
                            ("--vectors strange.txt", "words of the training documents")]:
             self.refused(line, re.escape(part))
         self.assertFalse(Path("runs").exists())
-        for message in ("[enforce fail] can't allocate memory: 9 bytes", "CUDA out of memory."):
-            with mock.patch("train.main", side_effect=RuntimeError(message)):
-                self.assertEqual(self.call(""), (2, "", f"train.py: {message}\n"))
+        lacking = NotImplementedError("not currently implemented for the MPS device")
+        for error in (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), lacking,
+                      RuntimeError("CUDA out of memory."), torch.OutOfMemoryError("9 bytes")):
+            with mock.patch("train.main", side_effect=error):
+                self.assertEqual(self.call(""), (2, "", f"train.py: {error}\n"))
+        with mock.patch("train.main", side_effect=RuntimeError("a fault")), \
+                self.assertRaisesRegex(RuntimeError, "a fault"):
+            self.call("")
         for change in (dict(sharing="flt"), dict(tasks=("ner", "foo")),
                        dict(data="folder"), dict(dropout="0.4"),
                        dict(encoder="1x64"), dict(encoder=()),

@@ -737,8 +737,9 @@ def command_line():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except (InputError, KeyboardInterrupt, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):
-            raise                                              # a fault of the code
+        # NotImplementedError: an operation that the device lacks. A plain one: a fault of the code.
+        if type(error) is RuntimeError and not re.search("(allocate|of) memory", str(error)):
+            raise
         report(error)
         status = 2
     sys.exit(status)
