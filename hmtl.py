@@ -688,20 +688,16 @@ class Questions(nn.Module):
 
     def __init__(self, task_name, labels, vocabulary, embedder, reader):
         super().__init__()
-        self.task_name, self.vocabulary, self.reader = task_name, vocabulary, reader
+        self.reader = reader
         self.word_features = embedder.word_features
-        self.ask(labels)
-
-    def ask(self, labels):
-        """The words of a question are the task's name and the parts of the label."""
-        self.questions = []
+        # The words of a question are the task's name and the parts of the label. The name alone
+        # comes first, so that there is a question even without labels.
+        questions = [[task_name]]
         for label in labels:
             spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)
             parts = re.findall(r"[^\W\d_]+|\d+", spaced)
-            self.questions.append([self.task_name, *(parts or [label])])
-        # The task's name alone comes first, so that there is a question even without labels.
-        document = Document("", [[self.task_name], *self.questions])
-        self.batch = make_batch([document], self.vocabulary)
+            questions.append([task_name, *(parts or [label])])
+        self.batch = make_batch([Document("", questions)], vocabulary)
 
     def forward(self, hidden):
         """(t, t, H) -> (t, t, labels)."""

@@ -470,15 +470,12 @@ def checksum(tasks):
 def write(path, content):
     """Text, or tensors and plain values. The name always holds a whole file, the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with one_line(f"{path}: not written; earlier files of the run are intact"):
+        with open(temporary, "wb") as file:          # an error if the disk is full
             file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:         # a full disk; torch makes it a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error!r:.200}; earlier files of the run are intact") from None
 
 def load(path):
     """Tensors and plain values, no code. zipfile compares the checksums, which torch does not."""
