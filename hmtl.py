@@ -23,17 +23,18 @@ from tasks import (COREF_SCORES, ContextualVectors, Document, Scores, by_length,
                    count_relations, make_batch, may_follow, per_task, sentences_of, shifted,
                    spans_of, tags_of, with_spans)
 
-# What differs from the paper, and why:
+# What differs from the paper, and why (easier to follow after the rest of this file):
 # - Any frozen encoder can take the place of ELMo (--features). None comes with this project.
-# - Other default sizes, smaller batches, a higher learning rate: so relations need fewer epochs.
+# - Other sizes, smaller batches and a higher learning rate: relations then need fewer epochs.
 # - Coreference, too, encodes each sentence on its own, as in Lee et al. 2017.
 # - A sentence's loss is a sum over tokens or pairs. The authors' code averages over padding, too.
-# - Word dropout: a rare word is read as <unknown> half of the time. So <unknown> gets a trained
-#   vector, and the model learns to tell names by their characters.
+# - Word dropout: in training, a rare word is read as <unknown> half of the time. So <unknown>
+#   gets a trained vector, and the model learns to recognise names by their characters.
 # - LSTMs start from larger weights, the relation head from a bias of -7. While a task scores 0 on
-#   dev, its patience is not used up and its learning rate is kept. Else relations never start.
+#   dev, its patience and learning rate stay. Otherwise relations never start to learn.
 # - Coreference keeps the best spans, crossing or not, and in training the gold mentions, too.
-# - The antecedent scorer multiplies projections of two spans: as good, and 1.7 times as fast.
+# - The antecedent scorer multiplies projections of two spans, not the spans themselves: the
+#   scores are as good, and it is 1.7 times as fast.
 # - Equal words of a batch share a dropout mask, and dropout acts on span representations, not on
 #   hidden units: this is faster.
 
@@ -59,15 +60,15 @@ class Embedder(nn.Module):
         super().__init__()
         self.rate = settings.dropout
         self.word_vectors = WordVectors(vocabulary, settings, vectors)    # a table
-        # The char CNN. Id 1 (unknown) does not occur in training, so its vector stays 0.
+        # The char CNN. Training documents have no unknown characters, so vector 1 stays 0.
         n_chars = len(vocabulary.chars)
         self.char_vectors = nn.Embedding(n_chars, settings.char_dim, padding_idx=0)
         nn.init.zeros_(self.char_vectors.weight.data[1])
         self.filters = nn.Linear(3 * settings.char_dim, settings.char_filters)
         # Word dropout: a word in at most `rare` documents is unknown with probability `unknown`.
         is_rare = torch.tensor(vocabulary.counts) <= settings.rare
-        n_others = len(vocabulary.words) - len(is_rare)                   # words without counts
-        probability = F.pad(settings.unknown * is_rare, (0, n_others))    # 0 for the others
+        probability = torch.zeros(len(vocabulary.words))   # 0 for words without counts
+        probability[:len(is_rare)] = settings.unknown * is_rare
         self.register_buffer("unknown_probability", probability, persistent=False)
         # The contextual vectors of a frozen encoder. Without one their width is 0.
         self.contextual = contextual or ContextualVectors()
@@ -76,7 +77,7 @@ class Embedder(nn.Module):
         self.width = self.word_width + self.mixture.width                 # E
 
     def forward(self, batch):
-        """Batch -> (B, T, E), zero on padding."""
+        """Batch -> (B, T, E), zero on padding, since all features of the padding word are 0."""
         # Word dropout: in training, replace some rare words by <unknown>, which has id 1.
         ids = batch.word_ids
         if self.training:
@@ -110,11 +111,11 @@ class Embedder(nn.Module):
 class Encoder(nn.Module):
     """Bidirectional LSTM layers whose output does not depend on padding."""
     # The backward half of a plain padded BiLSTM begins in the padding, so its output depends on
-    # the other sentences of the batch. Packed sequences are right, but take 1.2 to 1.5 times as
+    # the other sentences of the batch. Packed sequences avoid this, but take 1.2 to 1.5 times as
     # long. Here both LSTMs read from left to right, and the second gets each sentence reversed.
 
     def __init__(self, input_width, size, rate):
-        """size: layers x units per direction, such as "2x64"; rate: of dropout."""
+        """size: layers x units per direction, such as "2x64". rate: the dropout rate."""
         super().__init__()
         n_layers, units = map(int, size.split("x"))
         self.rate = rate
@@ -160,15 +161,15 @@ def new_lstm(input_width, units):
 
 # ----------------------------------------------------------------------------------------- heads
 class Head(nn.Module):
-    """What a task adds to the shared layers. A subclass has three methods of its own:
+    """What a task adds to the shared layers. A subclass defines these, and some also `count`:
 
     __init__(task, labels, width, embedded_width, settings)    the widths of x and embedded
     loss(x, embedded, batch)      the training loss, a scalar
-    decode(x, embedded, batch)    the predictions: for every document a list of rows
+    decode(x, embedded, batch)    the predictions: for every document a list of rows or clusters
     """
     # x (B, T, D) is the output of the task's encoder, and embedded (B, T, E) the embedder's.
-    score_names = ("f1",)         # the names of its scores, without those of single labels
-    mean = None                   # the name of their mean, if that is a score too
+    score_names = ("f1",)   # its scores; those of labels, such as "f1 PER", are extra
+    mean = None             # the name of the mean of its scores, for `Scores`
 
     def __init__(self, task, labels):
         super().__init__()
@@ -179,7 +180,7 @@ class Head(nn.Module):
     def gold(self, batch):
         """The gold clusters of every document, or the gold rows of its only sentence."""
         lists = [document.annotations[self.task.annotation] for document in batch.documents]
-        return lists if self.task.whole_documents else [rows for rows, in lists]
+        return lists if self.task.whole_documents else [sentences[0] for sentences in lists]
 
     def count(self, predictions, batch):
         """Yields for every document {score name: the four counts of `Scores`}.
@@ -204,7 +205,7 @@ class CRF(nn.Module):
         self.transitions = nn.Parameter(torch.zeros(n_tags, n_tags))     # A
         self.start = nn.Parameter(torch.zeros(n_tags))
         self.end = nn.Parameter(torch.zeros(n_tags))
-        # -inf for what is not allowed. Only decoding adds it.
+        # -inf for what is not allowed. Only decoding adds it: training sums over all sequences.
         penalty = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
         self.register_buffer("penalty", penalty, persistent=False)
 
@@ -213,10 +214,10 @@ class CRF(nn.Module):
         return self.log_partition(emissions, mask) - self.score(emissions, tags, mask)
 
     def score(self, emissions, tags, mask):
-        emitted = emissions.gather(2, tags[:, :, None])[:, :, 0]         # (B, T)
-        moved = self.transitions[tags[:, :-1], tags[:, 1:]]              # (B, T - 1)
+        of_tokens = emissions.gather(2, tags[:, :, None])[:, :, 0]       # (B, T)
+        of_steps = self.transitions[tags[:, :-1], tags[:, 1:]]           # (B, T - 1)
         last_tag = tags.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]   # (B,)
-        inner = (emitted * mask).sum(1) + (moved * mask[:, 1:]).sum(1)
+        inner = (of_tokens * mask).sum(1) + (of_steps * mask[:, 1:]).sum(1)
         return self.start[tags[:, 0]] + inner + self.end[last_tag]
 
     def log_partition(self, emissions, mask):
@@ -231,7 +232,7 @@ class CRF(nn.Module):
         exp_transitions = self.transitions.exp()
         a = self.start + emissions[:, 0]                                 # (B, K)
         for t in range(1, emissions.shape[1]):
-            top = a.detach().amax(1, keepdim=True)
+            top = a.detach().amax(1, keepdim=True)     # cancels out: needs no gradient
             summed = ((a - top).exp() @ exp_transitions).log() + top
             # After the end of a sentence, a stays as it is.
             a = torch.where(mask[:, t, None], emissions[:, t] + summed, a)
@@ -245,7 +246,7 @@ class CRF(nn.Module):
         transitions = self.transitions + self.penalty[:-1, :-1]
         b = self.start + self.penalty[-1, :-1] + emissions[:, 0]         # (B, K)
         steps = []
-        same = torch.arange(b.shape[1], device=b.device)                 # tag j comes from tag j
+        same = torch.arange(b.shape[1], device=b.device)        # no change of tag
         for t in range(1, emissions.shape[1]):
             # before[:, j] is the best tag before tag j, and top[:, j] its score.
             top, before = (b[:, :, None] + transitions).max(1)           # (B, K) each
@@ -276,7 +277,7 @@ class Tagger(Head):
         self.crf = CRF(torch.tensor(allowed))
 
     def loss(self, x, embedded, batch):
-        # The ids of the gold tags. The CRF masks those of padding out.
+        # The ids of the gold tags. On padding they are 0, which the CRF ignores.
         tags = torch.zeros(batch.mask.shape, dtype=torch.long)           # (B, T)
         for row, spans, length in zip(tags, self.gold(batch), batch.lengths):
             ids = map(self.tag_ids.get, tags_of(spans, length))
@@ -315,7 +316,7 @@ class RelationHead(Head):
     def logits(self, x, batch):
         """A list with (t, t, labels) for every sentence of t tokens."""
         # One padded tensor for all sentences, (B, T, T, labels), takes 3.5 times as long.
-        first = self.first(x)[batch.mask].split(batch.lengths)           # B times (t, units)
+        first = self.first(x)[batch.mask].split(batch.lengths)        # B times (t, units)
         second = self.second(x)[batch.mask].split(batch.lengths)
         return [self.label(F.relu(u[:, None] + v)) for u, v in zip(first, second)]
 
@@ -344,20 +345,20 @@ class RelationHead(Head):
         return predictions
 
     def count(self, predictions, batch):
-        tagger = argument_tagger(predictions)      # such as "ner", also the key of its annotation
+        tagger = argument_tagger(predictions)    # None, or "emd" or "ner", as the annotation
         found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
             spans = found[i] if found else None
-            gold_spans, = batch.documents[i].annotations.get(tagger, [None])   # None: not annotated
+            gold_spans = batch.documents[i].annotations.get(tagger, [None])[0]
             yield count_relations(predictions[self.task.name][i], gold, spans, gold_spans)
 
 def argument_tagger(names):
-    """The nearest tagger below rel: its spans are the arguments of relations."""
+    """The nearest tagger below rel among the names, or None. Its spans are the arguments."""
     return next((name for name in HIERARCHY["rel"] if name in names), None)
 
 # --------------------------------------------------------------------------- coref: antecedents
 #     W   tokens in the longest candidate span     S   kept spans, which get antecedents
-#     G   width of a span representation           A   antecedents that a span may have
+#     G   width of a span representation           L   how many kept spans back these may be
 class FFNN(nn.Module):
     """Scores [a; b; ...] by a network with two hidden layers of H units."""
     # The first layer is linear, M [a; b] = M_a a + M_b b. So its parts, M_a and M_b, can be
@@ -377,8 +378,8 @@ class FFNN(nn.Module):
 
 class CorefHead(Head):
     """End-to-end coreference (Lee et al. 2017), on one document. Every span of up to W tokens
-    gets a mention score, and the best spans are kept. Each of them then picks an antecedent
-    among the A kept spans before it, or none.
+    of a sentence gets a mention score, and the best are kept. Each of them then picks an antecedent
+    among the L kept spans before it, or none.
 
         g_i       = [x_first; x_last; attended; length]       the representation of span i
         s_m(i)    = FFNN(g_i)                                 is span i a mention?
@@ -390,12 +391,12 @@ class CorefHead(Head):
     # of how many kept spans back j is. p_i is a projection of g_i.
     score_names = (*COREF_SCORES, "mean")
     mean = "mean"
-    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]      # lower edges: 5 to 7, 8 to 15, ... share a bucket
+    BUCKETS = [2, 3, 4, 5, 8, 16, 32, 64]   # 5 to 7, 8 to 15, ... share a bucket
 
     def __init__(self, task, labels, width, embedded_width, settings):
         super().__init__(task, labels)
         units = settings.coref_units
-        feature_width = 20                                  # of the length and distance vectors
+        feature_width = 20                         # of the length and distance vectors
         span_width = 2 * width + embedded_width + feature_width                # G
         self.settings = settings
         self.attention = nn.Sequential(nn.Linear(width, units), nn.ReLU(), nn.Linear(units, 1))
@@ -410,7 +411,7 @@ class CorefHead(Head):
         clusters, = self.gold(batch)
         gold = gold_clusters(batch, clusters, self.settings.max_span)    # (N, W)
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch, gold)
-        scores = self.antecedent_scores(mention_scores, g)               # (S, A + 1)
+        scores = self.antecedent_scores(mention_scores, g)               # (S, L + 1)
         # Correct antecedents are earlier spans of the same gold cluster. Column d holds the span
         # d places back. A span without a correct antecedent should pick none, column 0.
         cluster = gold[first, last - first]                              # (S,)
@@ -418,14 +419,14 @@ class CorefHead(Head):
         for d in range(1, scores.shape[1]):
             correct[d:, d] = (cluster[d:] == cluster[:-d]) & (cluster[d:] > 0)
         correct[:, 0] = ~correct.any(1)
-        # P is the share of exp(scores) on correct antecedents.
+        # P is a softmax: the sum of exp(score) over correct antecedents / the sum over all.
         of_correct = scores.masked_fill(~correct, float("-inf"))
         return (scores.logsumexp(1) - of_correct.logsumexp(1)).sum()
 
     def decode(self, x, embedded, batch):
         """A list with the clusters of the one document, each a list of (start, end)."""
         first, last, mention_scores, g = self.keep_spans(x, embedded, batch)
-        steps_back = self.antecedent_scores(mention_scores, g).argmax(1)    # (S,), 0: none
+        steps_back = self.antecedent_scores(mention_scores, g).argmax(1)   # 0: none
         spans = list(zip(first.tolist(), last.tolist()))
         clusters = clusters_of(spans, steps_back.tolist())
         return [clusters]
@@ -443,8 +444,8 @@ class CorefHead(Head):
         ends, valid = candidate_spans(batch, self.settings.max_span)     # (N, W) each
         # attention[n, w, k] is the weight of token n + k in span [n, w], 0 outside of it.
         attention_scores = self.attention(x).squeeze(1)[ends]            # (N, W)
-        k = torch.arange(ends.shape[1], device=x.device)
-        outside = k > k[:, None]                                         # (W, W): k > w
+        offset = torch.arange(ends.shape[1], device=x.device)
+        outside = offset > offset[:, None]                    # (W, W), [w, k]: is k > w?
         attention = attention_scores[:, None].masked_fill(outside, float("-inf")).softmax(2)
         # s_m = FFNN(g) of all N x W spans, without building g: see FFNN. The weighted mean of
         # projected tokens is equal to the projection of their weighted mean.
@@ -455,8 +456,8 @@ class CorefHead(Head):
         of_length = to_length(self.length_vectors.weight)                # (W, H)
         scores = self.mention_scorer(of_first + of_last + of_attended + of_length)
         scores = scores.masked_fill(~valid, float("-inf"))               # (N, W)
-        # Keep the best. In training, keep the gold mentions too: otherwise all scores can fall
-        # together until no gold mention is left, and then the loss stays at 0.
+        # Keep the best. In training, keep the gold mentions too. Otherwise they can drop out of the
+        # kept spans: then every span should pick none, the loss goes to 0, and nothing is learned.
         n_kept = max(1, int(self.settings.spans_per_token * len(x)))
         best = scores.flatten().topk(min(n_kept, int(valid.sum()))).indices
         kept = torch.zeros_like(valid)
@@ -470,7 +471,7 @@ class CorefHead(Head):
         return n, n + w, scores[n, w], dropout(g, self.settings.dropout, self.training)
 
     def antecedent_scores(self, mention_scores, g):
-        """s, (S, A + 1): column d is for the span d places back, column 0 for none."""
+        """s, (S, L + 1), or (S, S) if S <= L: column d for the span d places back, 0 for none."""
         # With four spans, the columns 0 to 3 stand for
         #     span 0     none     -        -        -          (- has a score of -inf)
         #     span 1     none     span 0   -        -
@@ -481,7 +482,7 @@ class CorefHead(Head):
         of_antecedent = to_antecedent(g)                                 # (S, H)
         p = self.project(g)                                              # (S, H)
         of_distance = to_distance(self.distance_vectors.weight)          # (buckets, H)
-        columns = [0 * mention_scores]       # zeros with a gradient, even if S is 1
+        columns = [0 * mention_scores]     # zeros, with a gradient even if S is 1
         for d in range(1, min(self.settings.antecedents, len(g) - 1) + 1):
             # All pairs (i, i - d) at once.
             bucket = sum(d >= edge for edge in self.BUCKETS)
@@ -501,7 +502,7 @@ def candidate_spans(batch, max_span):
     first = torch.arange(n_tokens, device=device)[:, None]               # (N, 1)
     ends = first + torch.arange(max_span, device=device)                 # (N, W)
     clamped = ends.clamp(max=n_tokens - 1)
-    sentence = batch.mask.nonzero()[:, 0]                                # (N,) of each token
+    sentence = batch.mask.nonzero()[:, 0]               # (N,) sentence of each token
     return clamped, (ends < n_tokens) & (sentence[clamped] == sentence[first])
 
 def gold_clusters(batch, clusters, max_span):
@@ -518,12 +519,12 @@ def clusters_of(spans, steps_back):
     # Spans a, b, c, d with the steps 0, 0, 2, 0 give one cluster, [a, c].
     clusters, cluster_of = [], {}
     for i, d in enumerate(steps_back):
-        if d > 0 and i - d not in cluster_of:
-            cluster_of[i - d] = [spans[i - d]]
-            clusters.append(cluster_of[i - d])
         if d > 0:
-            cluster_of[i] = cluster_of[i - d]
-            cluster_of[i].append(spans[i])
+            cluster = cluster_of.setdefault(i - d, [spans[i - d]])
+            if len(cluster) == 1:                                        # it is new
+                clusters.append(cluster)
+            cluster.append(spans[i])
+            cluster_of[i] = cluster
     return clusters
 
 # ------------------------------------------------------------------------------------- the model
@@ -540,7 +541,7 @@ class HMTL(nn.Module):
         self.embedder = Embedder(vocabulary, settings, vectors, contextual)
         # An encoder for every task. It reads the outputs of the embedder and the encoder below.
         self.below = self.encoders_below()
-        sizes = per_task(settings.encoder, list(self.tasks), "--encoder")
+        sizes = per_task(settings.encoder, list(self.tasks), "--encoder")  # of each task
         self.encoders = nn.ModuleDict()
         for name, below in self.below.items():
             width = self.embedder.width + sum(self.encoders[lower].width for lower in below)
@@ -555,14 +556,14 @@ class HMTL(nn.Module):
             self.metrics[name] = Scores(head.mean)
 
     def encoders_below(self):
-        """{task: a list with the nearest trained task below it, if there is one}."""
+        """{task: the tasks whose encoders its encoder reads}, here one at most."""
         below = {}
         for name in self.tasks:
             below[name] = [lower for lower in HIERARCHY[name] if lower in self.tasks][:1]
         return below
 
     def head_width(self, name):
-        """The width of what a task's head reads."""
+        """The width of what a task's head reads. Other ways to share override this."""
         return self.encoders[name].width
 
     def device(self):
@@ -584,8 +585,8 @@ class HMTL(nn.Module):
         return embedded, {name: output_of(name) for name in names}
 
     def forward(self, task_name, batch):
-        """In training {"loss": scalar}. In evaluation {"predictions": a list per document}, and
-        these are counted for `get_metrics`."""
+        """In training, returns {"loss": scalar}. In evaluation, returns {"predictions": a list per
+        document} and counts them for `get_metrics`."""
         head = self.heads[task_name]
         if self.training:
             embedded, inputs = self.encode(batch, [task_name])
@@ -599,7 +600,7 @@ class HMTL(nn.Module):
     def predict(self, batch, names=None):
         """{task: predictions}, of all tasks or of the named ones."""
         names = list(names or self.tasks)
-        # Relations are pairs of last tokens. Their spans come from a tagger, so it predicts too.
+        # The relation head finds only last tokens. A tagger finds the spans, so it predicts too.
         tagger = argument_tagger(self.tasks)
         if "rel" in names and tagger and tagger not in names:
             names.append(tagger)

@@ -5,15 +5,15 @@ Two sentences show all four tasks:
     [Ada Kell] works for [Nordex] .    [She] likes [the firm] .
 
     ner    named entities                         Ada Kell PER, Nordex ORG
-    emd    entity mentions: the names, and        Ada Kell PER, Nordex ORG, She PER, the firm ORG
-           pronouns and phrases ("the firm")
+    emd    entity mentions: names, pronouns,      Ada Kell PER, Nordex ORG, She PER, the firm ORG
+           and phrases such as "the firm"
     rel    relations between entities             Ada Kell --Works_For--> Nordex
     coref  coreference: clusters of mentions      {Ada Kell, She}  {Nordex, the firm}
 
 A `Document` holds sentences and their annotations. A `Task` knows which annotation it learns, and
-draws batches of documents. `make_batch` turns documents into tensors. The scores are those of
-conlleval for spans, and those of the CoNLL scorer for coreference. Below the line "Skip this on a
-first reading" stand the readers of files, vectors, and the built-in corpus.
+draws batches of documents. `make_batch` turns documents into tensors. Spans are scored as by
+conlleval, coreference as by the CoNLL scorer. The code below the line "Skip this on a first
+reading" reads files and vectors, and makes the built-in corpus.
 """
 
 import json
@@ -44,12 +44,13 @@ class Document:
     #      "clusters": [[(0, 1), (6, 6)], [(4, 4), (8, 9)]]})
     #
     # A span is (start, end, label), where end is its last token. A relation is (start1, end1,
-    # start2, end2, label). Each sentence has a list of these. A cluster is a list of mentions
-    # (start, end). A missing key means: not annotated. Empty lists mean: there is nothing.
+    # start2, end2, label). Each sentence has a list of spans and a list of relations. A cluster is
+    # a list of mentions (start, end) from the whole document. If a key is missing, the document
+    # is not annotated for it. If a list is empty, there is nothing to find.
     key: str
     sentences: list                             # a list of words for every sentence
     annotations: dict = field(default_factory=dict)
-    offsets: list = None          # of raw text: (first character, one after the last) of each word
+    offsets: list = None    # of raw text: for each sentence, (start, end) of its words
 
     def __post_init__(self):
         if str in map(type, self.sentences):
@@ -100,7 +101,7 @@ class Task:
             self.data[split] = self.examples(documents, longest)
 
     def examples(self, documents, max_tokens=math.inf):
-        """What the task reads at a time: sentences, or documents of at most max_tokens."""
+        """All that the task reads: single sentences, or documents of at most max_tokens."""
         if self.whole_documents:
             return cut_documents(documents, max_tokens)
         return [sentence for document in documents for sentence in sentences_of(document)]
@@ -111,7 +112,7 @@ class Task:
             return []
         labels = set()
         for document in self.data[split]:
-            for *_, label in document.annotations[self.annotation][0]:   # it has one sentence
+            for *_, label in document.annotations[self.annotation][0]:   # its only sentence
                 labels.add(label)
         return sorted(labels)
 
@@ -126,12 +127,12 @@ class Task:
     def batches(self, batch_size, seed, start=0):
         """Yields training batches (lists of documents) without end, from batch `start` on."""
         # Every pass over the data has its own random generator, seeded with (seed, task, number
-        # of the pass). So a resumed run needs only the number of batches before it.
+        # of the pass). So a resumed run only needs to know how many batches it has drawn already.
         documents = self.data["train"]
         lengths = list(map(len, documents))
         first_pass, skip = divmod(start, self.n_batches(batch_size))
         for n_pass in count(first_pass):
-            rng = np.random.default_rng([seed, *self.name.encode(), n_pass])  # name as numbers
+            rng = np.random.default_rng([seed, *self.name.encode(), n_pass])
             plan = plan_batches(lengths, self.documents_per_batch(batch_size), rng)
             for indices in plan[skip:]:
                 yield [documents[i] for i in indices]
@@ -143,11 +144,11 @@ def plan_batches(lengths, size, rng):
     # makes the batches of every pass different.
     noisy = np.array(lengths) * rng.uniform(0.9, 1.1, len(lengths))
     order = np.argsort(noisy)
-    batches = np.split(order, range(size, len(order), size))
+    batches = np.split(order, range(size, len(order), size))    # cut after every `size`
     rng.shuffle(batches)
     return batches
 
-TASKS = [                                           # the simple tasks first, as in the hierarchy
+TASKS = [                                 # the simple tasks first, as in the hierarchy
     Task(name="ner", annotation="ner", validation_metric_name="f1", builtin_size=300),
     Task(name="emd", annotation="emd", validation_metric_name="f1", builtin_size=200),
     Task(name="rel", annotation="relations", validation_metric_name="last-token"),
@@ -155,7 +156,7 @@ TASKS = [                                           # the simple tasks first, as
          whole_documents=True, builtin_size=120)]
 
 # --------------------------------------------------------------------------------------- batches
-MAX_CHARS = 40                                  # the char CNN reads no more of a longer word
+MAX_CHARS = 40                 # the char CNN reads only the beginning of longer words
 
 class Vocabulary:
     """The words (lower-cased) and characters that the model knows, with their ids."""
@@ -177,15 +178,15 @@ class Vocabulary:
     def from_documents(cls, documents, vector_words=()):
         # Count documents, not tokens: a name that only one document uses, even ten times, is rare.
         # Sentences that were cut from the same document share its key.
-        words_of = defaultdict(set)
+        words_of = defaultdict(set)             # {document key: its distinct words}
         for document in documents:
-            for words in document.sentences:
-                words_of[document.key].update(map(lookup_form, words))
+            for sentence in document.sentences:
+                words_of[document.key].update(map(lookup_form, sentence))
         counts = Counter()
         chars = set()
-        for words in words_of.values():
-            counts.update(set(map(str.lower, words)))
-            chars.update("".join(words))
+        for distinct in words_of.values():
+            counts.update(set(map(str.lower, distinct)))
+            chars.update("".join(distinct))
         # The most frequent words come first. Padding and <unknown> are never rare.
         words = sorted(counts, key=lambda word: (-counts[word], word))
         all_counts = [math.inf, math.inf, *map(counts.get, words)]
@@ -194,8 +195,8 @@ class Vocabulary:
         return cls(special + words, special + sorted(chars), all_counts, more)
 
 def lookup_form(word):
-    """A word with composed letters (NFC) and without invisible characters (Cf), so that it
-    does not matter how a program has written "Zürich". Capitals stay."""
+    """Writes accented letters as one character each (NFC), and drops invisible characters (Cf).
+    So every way to encode "Zürich" gives the same word. Capitals stay."""
     if word.isascii():
         return word
     visible = [char for char in word if unicodedata.category(char) != "Cf"]
@@ -229,8 +230,8 @@ def make_batch(documents, vocabulary):
     which_word = np.zeros((len(sentences), max(lengths)), dtype=np.int64)
     for row, words in zip(which_word, sentences):
         row[:len(words)] = [number_of.setdefault(word, len(number_of)) for word in words]
-    # Look them up. All characters lie in one row, such as 0 0 A d a 0 K e l l 0 for "Ada Kell": the
-    # padding word has no characters, so that nothing stands between the first two zeros.
+    # Look them up. All characters lie in one row: "Ada Kell" is 0 0 A d a 0 K e l l 0. Nothing is
+    # between the first two zeros, because the padding word has no characters.
     word_ids, chars, word_of_char = [], [0], []
     for word, number in number_of.items():
         word = lookup_form(word)
@@ -278,8 +279,8 @@ def spans_of(tags):
     return spans
 
 def may_follow(left, right):
-    """Whether `right` may follow `left`: after B or I must come I or L of the same label, and
-    these come only there."""
+    """Whether tag `right` may follow tag `left`. After B or I, the next tag must be I or L of the
+    same label. After any other tag, it must not be I or L."""
     is_open, goes_on = left[0] in "BI", right[0] in "IL"
     return is_open == goes_on and (not is_open or left[2:] == right[2:])
 
@@ -287,14 +288,14 @@ def may_follow(left, right):
 class Scores:
     """Precision, recall and F1 in percent, over many documents."""
     # Four counts are added up over all documents before any division.
-    #     right       predictions that are right               precision P = right / predicted
-    #     predicted   all predictions                          recall R    = found / gold
-    #     found       gold spans (or the like) that are found  F1          = 2 P R / (P + R)
-    #     gold        all gold spans                           0 / 0       = 0
-    # right and found are the same number in all scores but B-cubed.
+    #     right       predictions that are right             precision P = right / predicted
+    #     predicted   all predictions
+    #     found       gold items that are found              recall R = found / gold
+    #     gold        all gold items, such as spans
+    # F1 is 2 P R / (P + R); 0 / 0 counts as 0. Only in B-cubed do right and found differ.
 
     def __init__(self, mean=None):
-        """mean: if given, the mean of all F1 is one more score, with this name."""
+        """mean: the name of one more score, the mean of all F1. None: there is no such score."""
         self.mean = mean
         self.counts = {}
 
@@ -324,7 +325,7 @@ def count_rows(predicted, gold):
     return n_right, len(predicted), n_right, len(gold)
 
 def count_labels(name, predicted, gold):
-    """{name: counts of all rows, "name PER": of those whose last entry is PER, ...}."""
+    """For the name "f1": {"f1": counts of all rows, "f1 PER": of the rows with label PER, ...}."""
     counts = {name: count_rows(predicted, gold)}
     for label in sorted({row[-1] for row in [*predicted, *gold]}):
         rows = [[row for row in side if row[-1] == label] for side in (predicted, gold)]
@@ -337,7 +338,7 @@ def count_relations(pairs, gold, spans=None, gold_spans=None):
     # last-token (the paper's score): the label and each argument's last token must be right.
     gold_pairs = [(end1, end2, label) for _, end1, _, end2, label in gold]
     counts = count_labels("last-token", pairs, gold_pairs)
-    # boundaries: the label and each argument's span; strict: its type as well.
+    # boundaries: the label and the spans of both arguments. strict: also their types, as PER.
     if spans is not None:
         found = with_spans(pairs, spans)
         counts["boundaries"] = count_rows(found, gold)
@@ -359,8 +360,8 @@ def with_types(relations, spans):
     type_of = {(start, end): label for start, end, label in spans}
     return [(*row, type_of.get(row[:2]), type_of.get(row[2:4])) for row in relations]
 
-# Coreference. In the examples, the predicted clusters are ab, cd and fghi, and the gold clusters
-# are abc and defg (Pradhan et al. 2014, section 4). They share ab, c, d and fg.
+# Coreference. In the examples each letter is a mention. The predicted clusters are ab, cd and fghi,
+# the gold clusters abc and defg (Pradhan et al. 2014, section 4). They share ab, c, d and fg.
 
 def overlaps(predicted, gold):
     """{(i, j): the number of mentions that predicted cluster i and gold cluster j share}."""
@@ -372,7 +373,8 @@ def overlaps(predicted, gold):
 
 def muc(predicted, gold):
     """MUC (Vilain et al. 1995) counts links. A cluster of n mentions has n - 1 links."""
-    # Example: ab and fg have 1 right link each, of 1 + 1 + 3 predicted and 2 + 3 gold links.
+    # A shared part of n mentions has n - 1 right links: ab and fg have 1 each, c and d none. There
+    # are 1 + 1 + 3 predicted and 2 + 3 gold links.
     shared = overlaps(predicted, gold)
     n_right = sum(shared.values()) - len(shared)
     n_predicted = sum(map(len, predicted)) - len(predicted)
@@ -380,8 +382,8 @@ def muc(predicted, gold):
     return n_right, n_predicted, n_right, n_gold
 
 def b_cubed(predicted, gold):
-    """B-cubed (Bagga & Baldwin 1998) counts mentions. A mention is right by the share of its
-    predicted cluster that lies in its gold cluster; found, by the share of its gold cluster."""
+    """B-cubed (Bagga & Baldwin 1998) counts mentions. A mention is right to the degree that its
+    predicted cluster lies in its gold cluster, and found to the degree that the reverse holds."""
     # Example: a and b count 2/2 each, c and d 1/2, f and g 2/4. So 4 of 8 mentions are right.
     right = found = 0.0
     for (i, j), n in overlaps(predicted, gold).items():
@@ -392,11 +394,11 @@ def b_cubed(predicted, gold):
 def ceaf_e(predicted, gold):
     """CEAF-e (Luo 2005) matches predicted clusters P and gold clusters G one to one, so that
     the sum of 2 |P & G| / (|P| + |G|) is as large as possible."""
-    # Example: ab with abc gives 4/5, fghi with defg gives 4/8. So 1.3 of 3 predicted clusters.
+    # Example: ab with abc gives 4/5, fghi with defg 4/8: 1.3 of 3 predicted, of 2 gold clusters.
     similarity = np.zeros((len(predicted), len(gold)))
     for (i, j), n in overlaps(predicted, gold).items():
         similarity[i, j] = 2 * n / (len(predicted[i]) + len(gold[j]))
-    best = best_matching_sum(similarity)
+    best = best_matching_sum(similarity)            # the assignment problem, see below
     return best, len(predicted), best, len(gold)
 
 COREF_SCORES = {"muc": muc, "b_cubed": b_cubed, "ceaf_e": ceaf_e}

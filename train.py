@@ -3,14 +3,14 @@
     python train.py --tasks ner rel                       # the built-in corpus
     python train.py --tasks ner rel --data DIR --vectors glove.txt
     python train.py --run runs/ner-rel --resume           # go on after any interruption
-    python train.py --run runs/ner-rel --predict FILE     # raw text, or - for standard input
+    python train.py --run runs/ner-rel --predict FILE     # such as raw text; - is standard input
 
 An epoch has as many steps as all tasks together have training batches. Each step draws a task,
 with a probability in proportion to its number of batches, and updates the model on the task's
 next batch. After every epoch each task is scored on dev, and its best weights are kept. Training
-ends when no task has improved for `patience` epochs.
+ends after `epochs` epochs, or earlier if no task has improved for `patience` epochs.
 
-Below the line "Skip this on a first reading" stand settings, variants, files and the screen.
+The code below "Skip this on a first reading" is settings, variants, files and printed output.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from tasks import (JSON_SUFFIXES, ContextualVectors, InputError, Vocabulary, cho
 
 # ------------------------------------------------------------------------------- which task next
 def sampling_probabilities(schedule, n_batches):
-    """The probability of each task: its batches / all batches. With "uniform", equal ones."""
+    """Each task's share of all batches, as its probability. With "uniform", all are equal."""
     shares = np.ones(len(n_batches)) if schedule == "uniform" else np.array(n_batches)
     return shares / shares.sum()
 
@@ -68,7 +68,7 @@ def epochs_waited(scores):
 def evaluate(model, vocabulary, task, documents):
     """The scores of one task on annotated documents: {score name: percent}."""
     model.eval()
-    model.get_metrics(task.name, reset=True)                     # forget what was scored before
+    model.get_metrics(task.name, reset=True)             # forget what was scored before
     documents = sorted(documents, key=len)
     size = task.documents_per_batch(32)
     for i in range(0, len(documents), size):
@@ -85,9 +85,9 @@ class MultiTaskTrainer:
         self.vocabulary = vocabulary
         self.settings = settings
         self.folder = Path(folder)
-        # One Adam per task, over all weights. Adam divides a step by the running size of the
-        # gradients, here of one task. So the scales of the losses do not matter, and no loss
-        # needs a weight. (fused: one operation for all weights, which is faster.)
+        # One Adam per task, over all weights. Adam divides each step by the usual size of the
+        # gradients that it has seen. Each sees only one task, so the scale of a loss is irrelevant,
+        # and no loss needs a weight. (fused: one operation for all weights, which is faster.)
         self.optimizers, self.lr_schedulers = {}, {}
         for task in tasks:
             adam = optim.Adam(model.parameters(), settings.lr, fused=True)
@@ -96,9 +96,9 @@ class MultiTaskTrainer:
             self.lr_schedulers[task.name] = optim.lr_scheduler.ReduceLROnPlateau(
                 adam, "max", factor=0.5, threshold=0, patience=settings.lr_patience)
         self.start_batches(steps={})
-        self.history = []             # for every epoch its losses, dev scores, learning rates
-        self.best = {}                # {task name or "mean": the weights of its best epoch}
-        self.checksum = ""            # of the documents, once the folder holds the run
+        self.history = []      # for every epoch its losses, dev scores, learning rates
+        self.best = {}         # {task name or "mean": the weights of its best epoch}
+        self.checksum = ""     # set by start_run: it identifies the documents of the run
 
     def start_batches(self, steps):
         """steps: {task name: the number of steps so far}. Each step draws one batch."""
@@ -112,7 +112,7 @@ class MultiTaskTrainer:
 
     def train(self, n_epochs):
         """Trains until epoch number n_epochs, or until no task improves any more."""
-        start_run(self)                                       # makes the folder of a new run
+        start_run(self)                                  # makes the folder of a new run
         while len(self.history) < n_epochs and not self.out_of_patience():
             started = time.time()
             losses = self.train_epoch(len(self.history))
@@ -120,10 +120,10 @@ class MultiTaskTrainer:
             end_epoch(self, time.time() - started, n_epochs)  # saves the run, prints a line
 
     def train_epoch(self, epoch):
-        """As many steps as there are training batches in all. Returns {task: mean loss}."""
+        """Does as many steps as all tasks have training batches. Returns {task: mean loss}."""
         # Every epoch has its own seed: a resumed run draws the same numbers as an unbroken one.
         rng = np.random.default_rng([self.settings.seed, epoch])
-        torch.manual_seed(int(rng.integers(2 ** 63)))         # for dropout
+        torch.manual_seed(int(rng.integers(2 ** 63)))       # for dropout, also of words
         self.model.train()
         losses = {}
         for index in self.plan(rng):
@@ -144,8 +144,8 @@ class MultiTaskTrainer:
         documents = next(self.batches[task.name])
         batch = make_batch(documents, self.vocabulary).to(self.model.device())
         self.steps[task.name] += 1
-        # The gradient, with a norm of at most `clip`. zero_grad sets all gradients to None. Those
-        # of weights that the task does not use stay None, and Adam leaves these weights alone.
+        # The gradient, with a norm of at most `clip`. zero_grad sets all gradients to None. If the
+        # task does not use a weight, its gradient stays None, and Adam does not change it.
         self.model.zero_grad()
         loss = self.loss(task, batch)
         loss.backward()
@@ -163,7 +163,7 @@ class MultiTaskTrainer:
         dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
         self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
                              "loss": losses, "dev": dev, "lr": rates})
-        # Keep these weights for every task that has its best score so far, and for the mean.
+        # Keep these weights for every task whose new score is its best, and likewise for the mean.
         weights = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
         for name, scores in self.watched_scores().items():
             if best_epoch(scores) == len(scores) - 1:
@@ -191,20 +191,21 @@ class MultiTaskTrainer:
         return {**scores, "mean": means.tolist()}
 
     def out_of_patience(self):
-        """Has no task improved for `patience` epochs?"""
+        """Whether all tasks have waited `patience` epochs. One that still scores 0 never has."""
         waited = [epochs_waited(self.dev_scores(task)) for task in self.tasks]
         return min(waited) >= self.settings.patience
 
     def final_scores(self):
-        """{task name: {"own_best" or "one_model": {"dev" or "test": scores}}}."""
-        # own_best: each task has its own best weights, as in the paper. one_model: those of the
-        # best mean, which stay loaded.
+        """{task name: {"own_best": {"dev": scores, "test": scores}, "one_model": the same}}."""
+        # own_best: scores with the task's own best weights, as in the paper. one_model: with the
+        # weights of the best mean, which the model has at the end.
         results = {}
         for task in self.tasks:
-            row = results[task.name] = {}
+            results[task.name] = {}
             for kind, name in ("own_best", task.name), ("one_model", "mean"):
                 self.model.load_state_dict(self.best[name])
-                row[kind] = {split: self.evaluate(task, split) for split in ("dev", "test")}
+                scores = {split: self.evaluate(task, split) for split in ("dev", "test")}
+                results[task.name][kind] = scores
         return results
 
 # ------------------------------------------------------------------------------------ a whole run
@@ -220,10 +221,11 @@ def build(settings, features=""):
     tasks, vectors, contextual, device = load_inputs(settings, features)
     documents = [document for task in tasks for document in task.data["train"]]
     labels = {task.name: task.labels() for task in tasks}
-    words = vectors[0] if vectors else ()                 # vectors: (words, array), or None
+    words = vectors[0] if vectors else ()           # vectors: (words, array), or None
     vocabulary = Vocabulary.from_documents(documents, words)
     torch.manual_seed(settings.seed)
-    model = SHARINGS[settings.sharing](tasks, labels, vocabulary, settings, vectors, contextual)
+    model_class = SHARINGS[settings.sharing]        # HMTL, unless --sharing is given
+    model = model_class(tasks, labels, vocabulary, settings, vectors, contextual)
     return tasks, vocabulary, model.to(device)
 
 # ================================================================================================
