@@ -1977,7 +1977,10 @@ class CommandLineTest(FolderTest):
         code = re.sub(r"\.train\(.*?\)", ".train(1)", self.readme_code("train.build("))
         with mock.patch("train.build", small), mock.patch(
                 "tasks.builtin_documents", lambda n, *rest: builtin_documents(n // 5, *rest)):
-            self.assertIn("'ner': [[", printed(exec, code, {}))
+            names = {}
+            self.assertRegex(printed(exec, code, names), r"\n1 \d+\.\d+ 0.0\n")   # the curve
+        self.assertEqual(len(names["found"].annotations["ner"]), 1)
+        self.assertEqual(names["logits"][0].shape[:2], (7, 7))
 
     def test_bert_of_the_readme_gives_each_word_the_mean_of_its_pieces(self):
         Path("bert.py").write_text(self.readme_code("def features"))
@@ -2012,7 +2015,7 @@ class CommandLineTest(FolderTest):
         self.assertGreater(len(lines), 4)
         for line in lines:
             line = line.split("&&")[0].split("|")[0]
-            train.check_settings(Settings(**train.parse(shlex.split(line))[0]))
+            Settings(**train.parse(shlex.split(line))[0])
 
 def benchmark_tasks(rng, n_words=20_000):
     """Tasks of random words in the paper's sizes: newswire sentence lengths, 73 NER and 29 EMD

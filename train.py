@@ -278,20 +278,20 @@ class Settings:
     threads: int = setting(1, "threads of the CPU; several are slow beside a busy program", 1, 1024)
     device: str = setting("", "such as cpu or cuda:1 (default: a GPU, if there is one)")
 
-def check_settings(settings):
-    """Refuses values that no model can be built from."""
-    for f in fields(settings):
-        flag, value, kind = flag_of(f.name), getattr(settings, f.name), f.type
-        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        good = isinstance(value, (int, float) if kind is float else kind)
-        expect(good, flag, f"a value of type {kind.__name__}", shown(value))
-        if kind in (int, float):
-            expect(low <= value <= high, flag, f"a number from {low:g} to {high:g}", shown(value))
-        for choice in (value if kind is tuple else [value]) if choices else []:
-            expect(choice in choices, flag, f"one of {', '.join(choices)}", choice)
-    for size in settings.encoder:
-        good = re.fullmatch(r"(.+=)?[1-9]\d?x[1-9]\d{,4}", size)
-        expect(good, "--encoder", "sizes such as 2x64", size)
+    def __post_init__(self):
+        """Refuses values that no model can be built from."""
+        for f in fields(self):
+            flag, value, kind = flag_of(f.name), getattr(self, f.name), f.type
+            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            good = isinstance(value, (int, float) if kind is float else kind)
+            expect(good, flag, f"a value of type {kind.__name__}", shown(value))
+            good = kind in (str, tuple) or low <= value <= high
+            expect(good, flag, f"a number from {low:g} to {high:g}", shown(value))
+            for choice in (value if kind is tuple else [value]) if choices else []:
+                expect(choice in choices, flag, f"one of {', '.join(choices)}", choice)
+        for size in self.encoder:
+            good = re.fullmatch(r"(.+=)?[1-9]\d?x[1-9]\d{,4}", size)
+            expect(good, "--encoder", "sizes such as 2x64", size)
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
@@ -351,7 +351,6 @@ def load_inputs(settings, features):
 
 def load_tasks(settings):
     """The chosen tasks with their documents."""
-    check_settings(settings)
     settings.tasks = chosen_tasks(settings)
     tasks = choose_tasks(settings.tasks)
     folders = per_task(settings.data, settings.tasks, "--data") if settings.data else {}
@@ -396,15 +395,15 @@ def resume(folder, features="", **changes):
 def restored(state, folder, features, changes):
     """(model, vocabulary, settings) from what `model_state` saved, with those that may change."""
     with one_line(f"{folder}: expected files of train.py"):
-        settings, words, vectors = Settings(**state["settings"]), [], None
-        expect(HIERARCHY.keys() >= {*settings.tasks}, folder, "the script that defines its tasks",
-               " ".join(settings.tasks))
+        names, words, vectors = state["settings"]["tasks"], [], None
+        expect(HIERARCHY.keys() >= {*names}, folder, "the script that defines its tasks",
+               " ".join(names))
+        settings = Settings(**state["settings"])
         for name, value in changes.items():
             old, free = getattr(settings, name), ("epochs", "patience", "device", "data", "threads")
             same = name in free or value == old
             expect(same, flag_of(name), f"{shown(old)}, as in the run", shown(value))
         settings = replace(settings, **changes)
-        check_settings(settings)
         if settings.vectors:                                     # these are stored apart, once
             vectors = words, _ = load(Path(folder, "vectors.pt"))
         expect(any(state["contextual"]) or not features, "--features", "none, as in the run",
@@ -698,7 +697,7 @@ def main(arguments=None):
     if predicts:
         expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
                "--device, --threads or no setting", " ".join(given))
-        check_settings(Settings(**given))
+        Settings(**given)                                      # refuses bad values
         model, vocabulary = load_run(folder, features, **given)
         n_bad = predict(model, vocabulary, paths or [], as_json)
         if annotated:
