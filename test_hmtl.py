@@ -960,7 +960,7 @@ class TrainingTest(unittest.TestCase):
             self.assertEqual([*map(id, optimizer.param_groups[0]["params"])], parameters)
 
     def test_a_step_knows_nothing_of_the_step_before(self):
-        trainer, gradients = self.trainer("ner", lr=0.0, clip=1e9), []
+        trainer, gradients = self.trainer("ner", lr=1e-9, clip=1e9), []
         task, documents = trainer.tasks[0], next(trainer.batches["ner"])
         trainer.batches["ner"] = itertools.repeat(documents)
         trainer.model.train()
