@@ -345,7 +345,7 @@ class RelationHead(Head):
         return predictions
 
     def count(self, predictions, batch):
-        tagger = argument_tagger(predictions)    # None, or "emd" or "ner", as the annotation
+        tagger = argument_tagger(predictions)    # None, "emd" or "ner": also its annotation
         found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
             spans = found[i] if found else None
@@ -358,7 +358,7 @@ def argument_tagger(names):
 
 # --------------------------------------------------------------------------- coref: antecedents
 #     W   tokens in the longest candidate span     S   kept spans, which get antecedents
-#     G   width of a span representation           L   how many kept spans back these may be
+#     G   width of a span representation           L   kept spans back to one, at most
 class FFNN(nn.Module):
     """Scores [a; b; ...] by a network with two hidden layers of H units."""
     # The first layer is linear, M [a; b] = M_a a + M_b b. So its parts, M_a and M_b, can be
@@ -443,7 +443,7 @@ class CorefHead(Head):
         embedded = embedded[batch.mask]                                  # (N, E)
         ends, valid = candidate_spans(batch, self.settings.max_span)     # (N, W) each
         # attention[n, w, k] is the weight of token n + k in span [n, w], 0 outside of it.
-        attention_scores = self.attention(x).squeeze(1)[ends]            # (N, W)
+        attention_scores = self.attention(x).squeeze(1)[ends]   # (N, W), [n, k]: of token n + k
         offset = torch.arange(ends.shape[1], device=x.device)
         outside = offset > offset[:, None]                    # (W, W), [w, k]: is k > w?
         attention = attention_scores[:, None].masked_fill(outside, float("-inf")).softmax(2)

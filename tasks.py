@@ -340,10 +340,11 @@ def count_relations(pairs, gold, spans=None, gold_spans=None):
     counts = count_labels("last-token", pairs, gold_pairs)
     # boundaries: the label and the spans of both arguments. strict: also their types, as PER.
     if spans is not None:
-        found = with_spans(pairs, spans)
-        counts["boundaries"] = count_rows(found, gold)
+        relations = with_spans(pairs, spans)
+        counts["boundaries"] = count_rows(relations, gold)
         if gold_spans is not None:
-            counts["strict"] = count_rows(with_types(found, spans), with_types(gold, gold_spans))
+            counts["strict"] = count_rows(with_types(relations, spans),
+                                          with_types(gold, gold_spans))
     return counts
 
 def with_spans(pairs, spans):

@@ -1980,7 +1980,7 @@ class CommandLineTest(FolderTest):
             names = {}
             self.assertRegex(printed(exec, code, names), r"\n1 \d+\.\d+ 0.0\n")   # the curve
         self.assertEqual(len(names["found"].annotations["ner"]), 1)
-        self.assertEqual(names["logits"][0].shape[:2], (7, 7))
+        self.assertEqual(names["logits"].shape[:2], (7, 7))
 
     def test_bert_of_the_readme_gives_each_word_the_mean_of_its_pieces(self):
         Path("bert.py").write_text(self.readme_code("def features"))

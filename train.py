@@ -86,7 +86,7 @@ class MultiTaskTrainer:
         self.settings = settings
         self.folder = Path(folder)
         # One Adam per task, over all weights. Adam divides each step by the usual size of the
-        # gradients that it has seen. Each sees only one task, so the scale of a loss is irrelevant,
+        # gradients that it has seen. Each sees only one task, so the scale of a loss hardly matters,
         # and no loss needs a weight. (fused: one operation for all weights, which is faster.)
         self.optimizers, self.lr_schedulers = {}, {}
         for task in tasks:
