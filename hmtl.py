@@ -345,7 +345,7 @@ class RelationHead(Head):
         return predictions
 
     def count(self, predictions, batch):
-        tagger = argument_tagger(predictions)    # None, "emd" or "ner": also its annotation
+        tagger = argument_tagger(predictions)    # None, "emd" or "ner": also the annotation
         found = predictions.get(tagger)
         for i, gold in enumerate(self.gold(batch)):
             spans = found[i] if found else None
@@ -358,7 +358,7 @@ def argument_tagger(names):
 
 # --------------------------------------------------------------------------- coref: antecedents
 #     W   tokens in the longest candidate span     S   kept spans, which get antecedents
-#     G   width of a span representation           L   kept spans back to one, at most
+#     G   width of a span representation           L   how far back an antecedent may be
 class FFNN(nn.Module):
     """Scores [a; b; ...] by a network with two hidden layers of H units."""
     # The first layer is linear, M [a; b] = M_a a + M_b b. So its parts, M_a and M_b, can be
@@ -541,7 +541,7 @@ class HMTL(nn.Module):
         self.embedder = Embedder(vocabulary, settings, vectors, contextual)
         # An encoder for every task. It reads the outputs of the embedder and the encoder below.
         self.below = self.encoders_below()
-        sizes = per_task(settings.encoder, list(self.tasks), "--encoder")  # of each task
+        sizes = per_task(settings.encoder, list(self.tasks), "--encoder")
         self.encoders = nn.ModuleDict()
         for name, below in self.below.items():
             width = self.embedder.width + sum(self.encoders[lower].width for lower in below)
