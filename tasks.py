@@ -428,6 +428,8 @@ def one_line(message, script=None):
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and not script:
+            found = error.strerror or found                # the message names the file already
         for frame in traceback.extract_tb(error.__traceback__):
             message = f"{script}, line {frame.lineno}" if frame.filename == script else message
         raise InputError(f"{message}: {' '.join(found.split())[:300]}") from None

@@ -1038,8 +1038,8 @@ class TrainingTest(unittest.TestCase):
         self.scripted(trainer, {"ner": [5, 4, 3, 2, 1, 0, 0], "emd": [0, 0, 1, 2, 1, 1, 1]})
         with contextlib.redirect_stdout(io.StringIO()) as screen:
             trainer.train(50)
-        cells = re.findall(r"emd loss +\S+ dev +(none yet|\S+)", screen.getvalue())
-        self.assertEqual(cells, ["none yet", "none yet", "1.0*", "2.0*", "1.0", "1.0"])
+        cells = re.findall(r"emd loss +\S+ dev +(\S+)", screen.getvalue())
+        self.assertEqual(cells, ["0.0", "0.0", "1.0*", "2.0*", "1.0", "1.0"])
 
     def test_odd_documents_train_and_score(self):
         def document(sentences, label="A"):
@@ -1621,8 +1621,7 @@ class RunTest(FolderTest):
             for line, epoch in zip(lines, log, strict=True):
                 dev, loss = epoch["dev"][name][score], epoch["loss"][name]
                 best, star = max(best, dev), r"\*" if dev > best else ""
-                cell = f"{dev:.1f}{star}" if best else "none yet"
-                self.assertRegex(line, f" {name} loss +{loss:.2f} dev +{cell}( |$)")
+                self.assertRegex(line, f" {name} loss +{loss:.2f} dev +{dev:.1f}{star}( |$)")
             columns = row["own_best"]["test"], row["one_model"]["test"], row["own_best"]["dev"]
             cells = " +".join(f"{column[score]:.2f}" for column in columns)
             self.assertRegex(self.screen, f"\n{name} {score} +{cells}\n")
@@ -1658,10 +1657,13 @@ class RunTest(FolderTest):
                               if " " in score or score in ("f1", "last-token")]
             self.assertEqual([*whole[3:]], [*sum(labels)[3:]])
             self.assertAlmostEqual(whole[1] * whole[3], whole[2] * whole[4], delta=9)
-        Path("x.jsonl").write_text('{"sentences": [["Ada"]], "relations": [[]]}')
-        self.assertRegex(self.output("--run r --evaluate x.jsonl"), "ner: .* 0 sentences with the")
+            self.assertNotIn("not in train", screen)
+        Path("x.jsonl").write_text('{"sentences": [["Ada"]], "relations": [[[0, 0, 0, 0, "Is"]]]}')
+        self.assertRegex(self.output("--run r --evaluate x.jsonl"), "(?s)ner: .* 0 sentences with "
+                         "the.*rel: .* 1 sentences with the key 'relations'\nrel: not in train: Is")
         Path("x.jsonl").write_text('{"sentences": [["Ada"]]}')
         self.refused("--run r --evaluate x.jsonl", "the key of a task of the run")
+        self.refused("--run r --evaluate x", "x: expected a file of UTF-8 text: No such [^']*$")
 
     def test_a_bad_file_does_not_end_those_of_other_kinds(self):
         documents = [s for d in tasks.read_json("news/test.jsonl") for s in sentences_of(d)]
@@ -1804,7 +1806,8 @@ def features(sentences):
 
     def test_a_run_resumes_predicts_and_evaluates_with_its_file(self):
         out = self.output(f"{self.TRAIN} --run r --epochs 1")
-        self.assertRegex(out, r"features: \d+ sentences, 3 layers of width 4, ")
+        self.assertRegex(out, r"(?s)features: \d+ sentences, 3 layers of width 4, .*\nsettings: "
+                         "[^\n]* --features f.py\n")
         self.output("--run r --resume --epochs 2 --features f.py")
         f1 = self.results("r")["ner"]["one_model"]["test"]["f1"]
         self.assertRegex(self.output("--run r --evaluate news --features f.py"), rf"f1 +{f1:.2f} ")
@@ -1949,7 +1952,7 @@ class CommandLineTest(FolderTest):
         self.assertGreater(scores["f1"], 90.0)
         self.assertAlmostEqual(scores["f1"], scores["f1-recall"])          # it is the accuracy
         self.assertIn(" NAME", self.call("--run r --predict news/test.jsonl", *code)[1])
-        self.refused("--run r --predict x", "r: expected the script that defines its tasks")
+        self.refused("--run r --predict x", "r: expected the script that defines its tasks pos ner")
         self.assertRegex(self.call("--tasks pos --run s", *code)[2], "^pos.py: .* a folder.*\n$")
         # Without --tasks, it trains the tasks that the data carries.
         self.call("--epochs 1 --run t --encoder 1x8 --data news", *code)
@@ -1958,6 +1961,10 @@ class CommandLineTest(FolderTest):
         Path("names/train.conll").write_text("Ada B-PER\n")
         settings = Settings(data=("names", "rel=news"))
         self.assertEqual(train.chosen_tasks(settings), ("ner", "rel"))
+        Path("names/train.conll").rename("names/train.json")
+        Path("names/train.json").write_text('{"sentences": [["a"]], "entities": [[]]}\n')
+        self.refused("--data names", "names: expected training documents with the key of a task")
+        self.refused("--data ner=news reel=news", "--data: expected one of .* found reel")
 
     def test_conll04_as_the_readme_converts_it(self):
         names = {}

@@ -15,7 +15,6 @@ The code below "Skip this on a first reading" is settings, variants, files and p
 
 import argparse
 import json
-import math
 import os
 import re
 import shlex
@@ -302,12 +301,16 @@ def shown(value):
 def chosen_tasks(settings):
     """settings.tasks, or else the tasks whose annotation the training documents carry."""
     named = [item.split("=")[0] for item in settings.data if "=" in item]
+    for name in named:
+        expect(name in HIERARCHY, "--data", f"one of the tasks {', '.join(HIERARCHY)}", name)
     if settings.tasks or not settings.data or len(named) == len(settings.data):
         return settings.tasks or tuple(named) or ("ner", "emd", "rel", "coref")
     folder = next(item for item in settings.data if "=" not in item)
     keys = {key for d in read_annotated(file_of(folder, "train"), "ner") for key in d.annotations}
-    return tuple(task.name for task in choose_tasks(HIERARCHY)
-                 if task.annotation in keys or task.name in named)
+    found = tuple(task.name for task in choose_tasks(HIERARCHY)
+                  if task.annotation in keys or task.name in named)
+    expect(found, folder, "training documents with the key of a task, such as 'ner'", "none")
+    return found
 
 # Other trainers.
 class SuccessiveTrainer(MultiTaskTrainer):
@@ -396,8 +399,8 @@ def restored(state, folder, features, changes):
     """(model, vocabulary, settings) from what `model_state` saved, with those that may change."""
     with one_line(f"{folder}: expected files of train.py"):
         names, words, vectors = state["settings"]["tasks"], [], None
-        expect(HIERARCHY.keys() >= {*names}, folder, "the script that defines its tasks",
-               " ".join(names))
+        expect(HIERARCHY.keys() >= {*names}, folder, "the script that defines its tasks "
+               + " ".join(names), sys.argv[0])
         settings = Settings(**state["settings"])
         for name, value in changes.items():
             old, free = getattr(settings, name), ("epochs", "patience", "device", "data", "threads")
@@ -494,7 +497,9 @@ def print_start(trainer):
     """What is trained on what, and what of it cannot be learned."""
     settings, model = trainer.settings, trainer.model
     values = [(f, getattr(settings, f.name)) for f in fields(settings)]
-    print("settings:", *(f"{flag_of(f.name)} {shown(x)}" for f, x in values if x != f.default))
+    path = model.embedder.contextual.path
+    print("settings:", *(f"{flag_of(f.name)} {shown(x)}" for f, x in values if x != f.default),
+          *(["--features", path] if path else []))
     print("\ntask    train    dev   test             batches   share of steps")
     n_batches = trainer.n_batches()
     shares = sampling_probabilities(settings.schedule, n_batches)
@@ -512,9 +517,7 @@ def print_start(trainer):
         else:
             labels = Counter(label for *_, label in rows).most_common(20)
             print(f"{task.name}:", ", ".join(f"{visible(label)} {n}" for label, n in labels))
-            unseen = {*task.labels("dev"), *task.labels("test")} - {*task.labels()}
-            if unseen:
-                print(f"{task.name}: not in train:", visible(", ".join(sorted(unseen))))
+            print_unseen(task, {*task.labels("dev"), *task.labels("test")} - {*task.labels()})
         if isinstance(model.heads[task.name], Tagger):
             longest = max(map(len, task.data["train"]))
             left = len(rows) - sum(len(spans_of(tags_of(spans, longest))) for spans in lists)
@@ -525,6 +528,10 @@ def print_start(trainer):
     print("{:,} parameters: {:,} embedder, {:,} encoders, {:,} heads".format(*sizes))
     print("\nmean loss of every epoch, and dev score (* the best so far)")
 
+def print_unseen(task, labels):
+    if labels:
+        print(f"{task.name}: not in train:", visible(", ".join(sorted(labels))))
+
 def end_epoch(trainer, seconds, n_epochs):
     """Saves the run, and prints a line."""
     save_run(trainer)
@@ -533,9 +540,8 @@ def end_epoch(trainer, seconds, n_epochs):
         scores = trainer.dev_scores(task)
         losses = trainer.history[-1]["loss"]               # without a task that was never drawn
         loss = f"{losses[task.name]:6.2f}" if task.name in losses else "     -"
-        star = " " if epochs_waited(scores) else "*"
-        cell = f"{abs(scores[-1]):5.1f}{star}" if any(scores) else "none yet"
-        line += f"   {task.name} loss {loss} dev {cell:8s}"
+        star = " " if epochs_waited(scores) or not any(scores) else "*"
+        line += f"   {task.name} loss {loss} dev {abs(scores[-1]):5.1f}{star}"
     line += f"   at most {seconds * (n_epochs - 1):.0f} s to go" if n == 1 < n_epochs else ""
     print(line.rstrip(), flush=True)
 
@@ -544,8 +550,8 @@ def print_scores(columns, names):
     print(" " * 24 + "".join(f"{title:>14s}" for title in columns))
     first = next(iter(columns.values()))
     for name in [name for name in names if name in first]:
-        cells = [numbers.get(name, math.nan) for numbers in columns.values()]
-        cells = [f"{x:14d}" if isinstance(x, int) else f"{x:14.2f}" for x in cells]
+        cells = [numbers.get(name, "") for numbers in columns.values()]
+        cells = [f"{x:14.2f}" if isinstance(x, float) else f"{x:>14}" for x in cells]
         print(f"{visible(name):24.24s}" + "".join(cells))
 
 def finish_run(trainer, results):
@@ -638,9 +644,10 @@ def print_evaluation(model, vocabulary, path):
     annotated = {name: read_documents(path, task, keys) for name, task in model.tasks.items()}
     expect(any(annotated.values()), path, "the key of a task of the run", "none")
     for name, task in model.tasks.items():
-        documents = task.examples(annotated[name])
+        documents = task.data["test"] = task.examples(annotated[name])
         unit = "documents" if task.whole_documents else "sentences"
         print(f"\n{name}: {path}, {len(documents)} {unit} with the key '{task.annotation}'")
+        print_unseen(task, {*task.labels("test")} - {*model.heads[name].labels})
         if documents:
             scores = evaluate(model, vocabulary, task, documents)
             counts, columns = model.metrics[name].counts, {"F1": scores}
