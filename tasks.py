@@ -11,9 +11,9 @@ Two sentences show all four tasks:
     coref  coreference: clusters of mentions      {Ada Kell, She}  {Nordex, the firm}
 
 A `Document` holds sentences and their annotations. A `Task` knows which annotation it learns, and
-draws batches of documents. `make_batch` turns documents into tensors. Spans are scored as by
-conlleval, coreference as by the CoNLL scorer. The code below the line "Skip this on a first
-reading" reads files and vectors, and makes the built-in corpus.
+draws batches of documents. `make_batch` turns documents into tensors. The scores equal those of
+conlleval for spans, and of the CoNLL scorer for coreference. The code below the line "Skip this on
+a first reading" reads files and vectors, and makes the built-in corpus.
 """
 
 import json
@@ -338,7 +338,7 @@ def count_relations(pairs, gold, spans=None, gold_spans=None):
     # last-token (the paper's score): the label and each argument's last token must be right.
     gold_pairs = [(end1, end2, label) for _, end1, _, end2, label in gold]
     counts = count_labels("last-token", pairs, gold_pairs)
-    # boundaries: the label and the spans of both arguments. strict: also their types, as PER.
+    # boundaries: the label and the spans of both arguments. strict: also their types.
     if spans is not None:
         relations = with_spans(pairs, spans)
         counts["boundaries"] = count_rows(relations, gold)

@@ -10,7 +10,7 @@ with a probability in proportion to its number of batches, and updates the model
 next batch. After every epoch each task is scored on dev, and its best weights are kept. Training
 ends after `epochs` epochs, or earlier if no task has improved for `patience` epochs.
 
-The code below "Skip this on a first reading" is settings, variants, files and printed output.
+The code below "Skip this on a first reading" holds settings, variants, files, printed output.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class MultiTaskTrainer:
         self.settings = settings
         self.folder = Path(folder)
         # One Adam per task, over all weights. Adam divides each step by the usual size of the
-        # gradients that it has seen. Each sees only one task, so the scale of a loss hardly matters,
+        # gradients that it has seen. Each sees one task, so the scale of a loss hardly matters,
         # and no loss needs a weight. (fused: one operation for all weights, which is faster.)
         self.optimizers, self.lr_schedulers = {}, {}
         for task in tasks:
@@ -162,7 +162,7 @@ class MultiTaskTrainer:
         dev = {task.name: self.evaluate(task, "dev") for task in self.tasks}
         self.history.append({"epoch": len(self.history) + 1, "steps": dict(self.steps),
                              "loss": losses, "dev": dev, "lr": rates})
-        # Keep these weights for every task whose new score is its best, and likewise for the mean.
+        # Keep these weights for every task whose new score is its best. The mean counts as a task.
         weights = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
         for name, scores in self.watched_scores().items():
             if best_epoch(scores) == len(scores) - 1:
@@ -704,7 +704,7 @@ def main(arguments=None):
     if predicts:
         expect(given.keys() <= {"device", "threads"}, "--predict and --evaluate",
                "--device, --threads or no setting", " ".join(given))
-        Settings(**given)                                      # refuses bad values
+        Settings(**given)                          # refuses bad values before any file is read
         model, vocabulary = load_run(folder, features, **given)
         n_bad = predict(model, vocabulary, paths or [], as_json)
         if annotated:
